@@ -32,7 +32,10 @@ class SessionState(StrEnum):
 TRANSITIONS: frozenset[tuple[SessionState, SessionState]] = frozenset(
     {
         (SessionState.CREATED, SessionState.STARTING),
-        (SessionState.CREATED, SessionState.STOPPED),  # its container is gone, or a start was refused before the spawn
+        (
+            SessionState.CREATED,
+            SessionState.STOPPED,
+        ),  # its container is gone, or a start was refused before the spawn
         (SessionState.STARTING, SessionState.RUNNING),
         (SessionState.STARTING, SessionState.STOPPED),
         (SessionState.RUNNING, SessionState.STOPPED),

@@ -1,0 +1,7 @@
+"""`python -m execgate`."""
+
+import sys
+
+from execgate.cli import main
+
+sys.exit(main())

@@ -1,0 +1,222 @@
+"""The command line: `execgate serve`, `containers`, `sessions`, `check-config`."""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from execgate import __version__, app, logs
+from execgate.config import Config, load
+from execgate.model.errors import ExecgateError, InvalidArgument
+from execgate.model.session import ExecSession
+from execgate.sessions.store import read_sessions
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+_INTERRUPTED = 130  # 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[Config, argparse.Namespace], int] = arguments.command
+    try:
+        return command(load(vars(arguments), os.environ), arguments)
+    except ExecgateError as error:
+        print(f"execgate: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, InvalidArgument) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # `execgate sessions | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="execgate",
+        description="The Docker exec API for the OCI containers of this host.",
+        epilog="Every option has a key in the TOML file and a variable EXECGATE_NAME; flags win over variables, "
+        "variables over the file.",
+    )
+    parser.add_argument("--version", action="version", version=f"execgate {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", _serve, "run the service")
+    serve.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDRESS",
+        help="unix:///PATH or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
+    )
+    serve.add_argument("--conmon", metavar="PATH", help="the monitor program (default: the one on the PATH)")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
+    serve.add_argument("--log-format", choices=("text", "json"), help="default text")
+    serve.add_argument(
+        "--event-loop",
+        choices=("auto", "asyncio", "uvloop"),
+        help="default auto: uvloop where it is installed",
+    )
+    serve.add_argument("--socket-mode", metavar="MODE", help="permissions of the unix sockets (default 0660)")
+    serve.add_argument("--socket-group", metavar="GROUP", help="group of the unix sockets (default: the service's)")
+
+    containers = _command(commands, "containers", _containers, "show the containers that can be reached")
+    sessions = _command(commands, "sessions", _sessions, "show the exec sessions that are known")
+    for table in (containers, sessions):
+        table.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser.set_defaults(command=run)
+    parser.add_argument("--config", metavar="FILE", help="TOML file (default /etc/execgate/execgate.toml if it exists)")
+    parser.add_argument("--state-dir", metavar="DIR", help="where sessions are kept (default /run/execgate)")
+    parser.add_argument(
+        "--runtime-root",
+        dest="runtime_roots",
+        action="append",
+        metavar="[RUNTIME=]DIR",
+        help="where a runtime keeps its container states; repeatable (default: the usual places of runc and crun)",
+    )
+    parser.add_argument(
+        "--runtime",
+        dest="runtimes",
+        action="append",
+        metavar="NAME=PATH",
+        help="the program of a runtime; repeatable (default: the one on the PATH)",
+    )
+    return parser
+
+
+def _serve(config: Config, _arguments: argparse.Namespace) -> int:
+    logs.set_up(config.log_level, config.log_format)
+    _run(app.serve(config), config.event_loop)
+    return 0
+
+
+def _run(main_task: Coroutine[Any, Any, None], choice: str) -> None:
+    """Run on uvloop where it is installed, unless told otherwise."""
+    factory = None
+    if choice != "asyncio":
+        try:
+            import uvloop  # noqa: PLC0415  (optional)
+        except ImportError as error:
+            if choice == "uvloop":
+                main_task.close()
+                raise InvalidArgument("uvloop is not installed", hint="pip install 'execgate[uvloop]'") from error
+        else:
+            factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main_task)
+
+
+def _containers(config: Config, arguments: argparse.Namespace) -> int:
+    catalog = app.catalog_of(config)
+    found = catalog.list()
+    if arguments.json:
+        keys = ("Id", "Name", "Runtime", "Status", "Pid", "Bundle")
+        rows = [(c.id, c.name, c.runtime.name, c.status, c.init.pid if c.init else 0, str(c.bundle)) for c in found]
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+    else:
+        table = [
+            (c.name, c.runtime.name, c.status, _ago(c.created), c.id[:12] if len(c.id) == 64 else c.id) for c in found
+        ]
+        _print_table(("NAME", "RUNTIME", "STATUS", "CREATED", "ID"), table)
+    for path, reason in catalog.problems():
+        print(f"execgate: {path}: {reason}", file=sys.stderr)
+    return 0
+
+
+def _sessions(config: Config, arguments: argparse.Namespace) -> int:
+    found = read_sessions(config.state_dir / app.DATABASE)
+    if arguments.json:
+        print(json.dumps([_session(session) for session in found], indent=2))
+    else:
+        rows = [
+            (
+                session.id[:12],
+                session.container.name,
+                session.state,
+                "" if session.exit is None else f"{session.exit.code} ({session.exit.source})",
+                _ago(session.created_at),
+                _shown(" ".join(session.config.args)),
+            )
+            for session in found
+        ]
+        _print_table(("SESSION", "CONTAINER", "STATE", "EXIT", "CREATED", "COMMAND"), rows)
+    return 0
+
+
+def _session(session: ExecSession) -> dict[str, Any]:
+    return {
+        "Id": session.id,
+        "ContainerId": session.container.container_id,
+        "Container": session.container.name,
+        "State": session.state,
+        "ExitCode": session.exit.code if session.exit else None,
+        "ExitCodeSource": session.exit.source if session.exit else None,
+        "Error": session.error,
+        "CreatedAt": _rfc3339(session.created_at),
+        "StartedAt": _rfc3339(session.started_at),
+        "FinishedAt": _rfc3339(session.finished_at),
+        "Pid": session.process.pid if session.process and session.running else 0,
+        "Cmd": list(session.config.args),
+        "Tty": session.config.tty,
+        "User": session.config.user,
+    }
+
+
+def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
+    """Print the configuration as it would be used, and what of it the host cannot serve."""
+    found = config.model_dump(mode="json") | {
+        "runtime_roots": [
+            f"{root.runtime_name}={root.dir}" if root.runtime_name else str(root.dir) for root in config.roots()
+        ],
+        "runtimes": {name: str(path) for name, path in config.runtime_paths().items()},
+        "conmon": str(config.conmon_path() or ""),
+    }
+    print(json.dumps(found, indent=2))
+    problems = [
+        f"runtime {name}: no program at {path}"
+        for name, path in config.runtime_paths().items()
+        if not os.access(path, os.X_OK)
+    ]
+    problems += [] if config.runtime_paths() else ["neither runc nor crun is installed"]
+    conmon = config.conmon_path()
+    if conmon is None or not os.access(conmon, os.X_OK):
+        problems.append(f"no conmon at {conmon}" if conmon else "conmon is not installed")
+    for problem in problems:
+        print(f"execgate: {problem}", file=sys.stderr)
+    return EXIT_FAILURE if problems else 0
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
+    for row in (titles, *rows):
+        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _ago(seconds: float) -> str:
+    age = max(0, int(time.time() - seconds))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if age >= length:
+            return f"{age // length}{unit} ago"
+    return f"{age}s ago"
+
+
+def _rfc3339(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _shown(text: str, limit: int = 60) -> str:
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"

@@ -1,0 +1,157 @@
+"""The configuration: flags over environment (`EXECGATE_*`) over a TOML file over defaults.
+
+One model says what there is, with its bounds; the three sources are merged before it judges, so a mistake is
+reported once and in the same words, wherever it was made.
+"""
+
+import os
+import shutil
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from execgate.containers.catalog import RuntimeRoot, default_roots
+from execgate.http.listeners import Address, parse_address
+from execgate.model.errors import InvalidArgument
+from execgate.runtime.conmon import longest_state_dir
+
+ENVIRONMENT_PREFIX = "EXECGATE_"
+DEFAULT_FILE = Path("/etc/execgate/execgate.toml")
+DEFAULT_LISTEN = "unix:///run/execgate.sock"
+RUNTIMES = ("runc", "crun")
+
+
+def _split(value: object) -> object:
+    """Read a list from one environment variable: its parts are separated by white space or commas."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _pairs(value: object) -> object:
+    """Read `NAME=VALUE` items as a table."""
+    items = _split(value)
+    if not isinstance(items, list):
+        return items
+    pairs = [str(item).partition("=") for item in items]
+    if not all(name and equals and rest for name, equals, rest in pairs):
+        raise ValueError("expected NAME=PATH")
+    return {name: rest for name, _, rest in pairs}
+
+
+def _absolute(value: object) -> object:
+    return Path(value).expanduser().absolute() if isinstance(value, str) and value else value
+
+
+_Path = Annotated[Path, BeforeValidator(_absolute)]
+_List = Annotated[list[str], BeforeValidator(_split)]
+_Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+
+
+class Config(BaseModel):
+    """Everything there is to configure. Field names are the keys of the file and, in upper case, of the environment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: _List = [DEFAULT_LISTEN]
+    state_dir: _Path = Path("/run/execgate")
+    runtime_roots: _List = []
+    runtimes: Annotated[dict[str, _Path], BeforeValidator(_pairs)] = {}
+    conmon: _Path | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
+    socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "0660"
+    socket_group: str = ""
+    max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    retention_seconds: _Seconds = 600.0
+    created_lifetime_seconds: _Seconds = 3600.0
+    start_timeout_seconds: _Seconds = 30.0
+    drain_seconds: _Seconds = 2.0
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, value: list[str]) -> list[str]:
+        for text in value:
+            parse_address(text)
+        return value
+
+    @field_validator("state_dir")
+    @classmethod
+    def _check_state_dir(cls, value: Path) -> Path:
+        if len(os.fsencode(value)) > longest_state_dir():
+            raise ValueError(f"longer than {longest_state_dir()} bytes: a socket in it would exceed the kernel's limit")
+        return value
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where to listen."""
+        return [parse_address(text) for text in self.listen]
+
+    def roots(self) -> list[RuntimeRoot]:
+        """Return the state roots to look at: the configured ones, else the runtimes' usual places."""
+        if not self.runtime_roots:
+            return default_roots(os.environ, uid=os.getuid())
+        return [_root(text) for text in self.runtime_roots]
+
+    def runtime_paths(self) -> dict[str, Path]:
+        """Return each runtime's program: the configured one, else the one on the PATH; without it, none."""
+        found = {name: shutil.which(name) for name in RUNTIMES}
+        return {name: Path(path) for name, path in found.items() if path} | self.runtimes
+
+    def conmon_path(self) -> Path | None:
+        """Return conmon: the configured one, else the one on the PATH or where distributions put it."""
+        found = shutil.which("conmon") or shutil.which("conmon", path="/usr/libexec/podman:/usr/lib/podman")
+        return self.conmon or (Path(found) if found else None)
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
+    """Merge the sources and check them. InvalidArgument names the source, the key and what is wrong.
+
+    `flags` has the values of the command line by field name, None where not given, and `config`, the file's path.
+    A file that was asked for must exist; the default one may be missing.
+    """
+    path = flags.get("config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
+    sources = {
+        f"file {path or DEFAULT_FILE}": _read_file(Path(path) if path else None),
+        "environment": {
+            name: environ[ENVIRONMENT_PREFIX + name.upper()]
+            for name in Config.model_fields
+            if ENVIRONMENT_PREFIX + name.upper() in environ
+        },
+        "command line": {name: flags[name] for name in Config.model_fields if flags.get(name) is not None},
+    }
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, values in sources.items():
+        merged |= values
+        origin |= dict.fromkeys(values, source)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise InvalidArgument("\n".join(_explain(problem, origin) for problem in error.errors())) from error
+
+
+def _read_file(path: Path | None) -> dict[str, Any]:
+    if path is None and not DEFAULT_FILE.exists():
+        return {}
+    path = path or DEFAULT_FILE
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidArgument(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # no TOML, no UTF-8
+        raise InvalidArgument(f"{path}: {error}") from error
+
+
+def _explain(problem: Any, origin: Mapping[str, str]) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    where = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{origin.get(name, 'configuration')}: {where}: {message}"
+
+
+def _root(text: str) -> RuntimeRoot:
+    name, equals, directory = text.rpartition("=")
+    return RuntimeRoot(Path(directory).expanduser().absolute(), name if equals else None)

@@ -1,0 +1,119 @@
+"""Reading small files of the host: bounded, regular only, every OSError translated here.
+
+State roots and /proc belong to root, and still a file there can be missing, half-written, huge, or a FIFO
+that somebody put in its place. Three answers are kept apart, because they mean different things to a caller:
+*it is not there* (NotFound), *it is there and unusable* (Internal), and *we cannot look now* (Unavailable).
+To read the last as the first would declare every container dead as soon as the service runs out of
+descriptors.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from execgate.model.errors import ExecgateError, Internal, NotFound, Unavailable
+
+FileKey = tuple[int, int, int, int]
+"""What changes when a file does: mtime in nanoseconds, size in bytes, inode, device."""
+
+_GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def translate(error: OSError, what: str) -> ExecgateError:
+    """Return the category of `error`; `what` is the path, and goes to the hint only."""
+    hint = f"{what}: {error.strerror or error}"
+    if error.errno in _GONE:
+        return NotFound("no such file", hint=hint)
+    if error.errno in _EXHAUSTED:
+        return Unavailable("the host is out of resources", hint=hint)
+    return Internal("a file of the host cannot be read", hint=hint)
+
+
+def key_of(path: Path) -> FileKey:
+    """Return the key of the file that `path` names now. Raises as `translate` does."""
+    try:
+        return _key(path.stat())
+    except OSError as error:
+        raise translate(error, str(path)) from error
+
+
+def read_regular(path: Path, *, limit: int, follow: bool = False) -> tuple[bytes, FileKey]:
+    """Return the contents of a regular file of at most `limit` bytes, and the key of what was read.
+
+    A symlink as the last part is refused unless `follow`. Never blocks on a FIFO. Raises as `translate` does;
+    anything but a regular file, or a larger one, is Internal.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise translate(error, str(path)) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Internal("a file of the host cannot be read", hint=f"{path}: not a regular file")
+        data = b"" if status.st_size > limit else read_bounded(fd, limit + 1)
+        if max(status.st_size, len(data)) > limit:
+            raise Internal("a file of the host cannot be read", hint=f"{path}: larger than {limit} bytes")
+        return data, _key(status)
+    except OSError as error:
+        raise translate(error, str(path)) from error
+    finally:
+        os.close(fd)
+
+
+def read_bounded(fd: int, size: int) -> bytes:
+    """Read `fd` to its end or up to `size` bytes, whichever comes first. Raises OSError."""
+    chunks: list[bytes] = []
+    while size > 0 and (chunk := os.read(fd, min(size, 1 << 20))):
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
+def read_json(path: Path, *, limit: int, follow: bool = False) -> tuple[dict[str, Any], FileKey]:
+    """Return the JSON object in a file, and the key of what was read. No JSON, or no object, is Internal."""
+    data, key = read_regular(path, limit=limit, follow=follow)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        # The text of the error is left out: it may quote what the file holds.
+        raise Internal("a file of the host cannot be read", hint=f"{path}: not JSON") from error
+    if not isinstance(value, dict):
+        raise Internal("a file of the host cannot be read", hint=f"{path}: not a JSON object")
+    return value, key
+
+
+def read_kernel(path: str) -> bytes | None:
+    """Return a file of /proc or of a cgroup whole; None when it, or its process, is gone.
+
+    Raises Unavailable and Internal as `translate` does. The kernel bounds these files; the deepest are
+    mountinfo and cgroup.procs.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        _raise_unless_gone(error, path)
+        return None
+    try:
+        return read_bounded(fd, 1 << 26)
+    except OSError as error:
+        if error.errno != errno.ENODEV:  # the cgroup was removed after the open
+            _raise_unless_gone(error, path)
+        return None
+    finally:
+        os.close(fd)
+
+
+def _raise_unless_gone(error: OSError, path: str) -> None:
+    translated = translate(error, path)
+    if not isinstance(translated, NotFound):
+        raise translated from error
+
+
+def _key(status: os.stat_result) -> FileKey:
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_dev

@@ -1,0 +1,135 @@
+"""What the kernel says of a process: whether it lives, whether it is frozen, who shares its container.
+
+A process is named by pid *and* start time. Nothing here trusts a bare pid to mean tomorrow what it meant
+today, and no answer is made up: a process that is gone is None or False, a host that cannot be read raises.
+"""
+
+import functools
+import os
+
+from execgate.containers import cgroups
+from execgate.containers.files import read_kernel, translate
+from execgate.model.errors import Internal, NotFound
+from execgate.model.process import ProcessIdentity
+
+_DEAD = frozenset("ZXx")
+_OWN_FIRST = (cgroups.V2, "freezer", "pids", "devices", "memory", "cpu", "name=systemd")
+"""The hierarchies that tell a container's processes, best first: runtimes create a cgroup in these."""
+
+
+def start_time(pid: int) -> int | None:
+    """Return field 22 of `/proc/PID/stat`, clock ticks since boot; None when there is no such process.
+
+    A zombie has a start time: see `is_alive`. Raises Unavailable when the host is out of descriptors.
+    """
+    facts = _stat(pid)
+    return facts[1] if facts else None
+
+
+def is_alive(process: ProcessIdentity) -> bool:
+    """Return whether this very process runs: its pid, its start time, and neither a zombie nor dead."""
+    facts = _stat(process.pid)
+    return facts is not None and facts[1] == process.start_time and facts[0] not in _DEAD
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return the kernel's random id of this boot, `xxxxxxxx-xxxx-…`."""
+    return _required("/proc/sys/kernel/random/boot_id").strip()
+
+
+def own_capability_bounds() -> int:
+    """Return the bounding set of this process as a mask: the most that any exec of ours can hand out."""
+    for line in _required("/proc/self/status").splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapBnd":
+            return int(value, 16)
+    raise Internal("the capabilities of the service are unknown", hint="/proc/self/status has no CapBnd line")
+
+
+def frozen(pid: int) -> bool:
+    """Return whether the freezer of v1 or v2 holds the process, by its own cgroup or a parent's.
+
+    False when the process is gone or its cgroups are not mounted here.
+    """
+    paths = cgroups.memberships(pid)
+    for controller in ("freezer", cgroups.V2):
+        path = paths.get(controller, "/")
+        cgroup = cgroups.find(controller, path) if path != "/" else None
+        if cgroup is not None and cgroups.is_frozen(cgroup, controller):
+            return True
+    return False
+
+
+def pids_in_cgroup(pid: int) -> list[int]:
+    """Return the pids, in our namespace and sorted, of all processes of the container whose init is `pid`.
+
+    That is: its cgroup with everything below it, and, when it has a pid namespace of its own, whoever is in
+    that namespace; systemd in a container moves itself into a cgroup beside that of the execs. In a container
+    with the host's pid namespace the cgroup alone decides. Without either only the init is known. Empty when
+    it is gone.
+    """
+    namespace, ours = _pid_namespace(pid), _pid_namespace("self")
+    members = _cgroup_members(pid)
+    if namespace is None:
+        return sorted(members)
+    if namespace == ours:
+        return sorted(members | {pid})
+    # A cgroup that was joined, not created for the container, holds host processes too.
+    inside = {member for member in members if _pid_namespace(member) not in (None, ours)}
+    inside |= {member for member in _all_pids() if _pid_namespace(member) == namespace}
+    return sorted(inside)
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return state and start time."""
+    data = read_kernel(f"/proc/{pid}/stat") if pid > 0 else None
+    if not data:
+        return None
+    # The second field is the program's name in parentheses, and may itself hold spaces and parentheses:
+    # what follows its *last* one is field 3 onwards, proc_pid_stat(5).
+    fields = data[data.rindex(b")") + 2 :].split()
+    return fields[0].decode(), int(fields[19])
+
+
+def _cgroup_members(pid: int) -> set[int]:
+    """Return the processes of the first hierarchy in which the container has a cgroup of its own."""
+    paths, ours = cgroups.memberships(pid), cgroups.memberships("self")
+    for controller in _OWN_FIRST:
+        path = paths.get(controller, "/")
+        # Where the service itself is at or below the path, the container only inherited it.
+        if path == "/" or cgroups.below(path, ours.get(controller, "/")) is not None:
+            continue
+        cgroup = cgroups.find(controller, path)
+        if cgroup is not None:
+            return cgroups.pids_below(cgroup.directory)
+    return set()
+
+
+def _pid_namespace(pid: int | str) -> str | None:
+    """Return the name of a process's pid namespace, None when it is gone or not ours to look at."""
+    path = f"/proc/{pid}/ns/pid"
+    try:
+        return os.readlink(path)  # noqa: PTH115
+    except PermissionError:
+        return None
+    except OSError as error:
+        translated = translate(error, path)
+        if isinstance(translated, NotFound):
+            return None
+        raise translated from error
+
+
+def _all_pids() -> list[int]:
+    try:
+        with os.scandir("/proc") as entries:
+            return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+    except OSError as error:
+        raise translate(error, "/proc") from error
+
+
+def _required(path: str) -> str:
+    data = read_kernel(path)
+    if data is None:
+        raise Internal("the host cannot be read", hint=f"{path} is missing: is /proc mounted?")
+    return data.decode("ascii", "replace")

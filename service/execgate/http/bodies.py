@@ -1,0 +1,120 @@
+"""Request bodies: read once, bounded, parsed into one model; that object is decided on and that object is executed.
+
+Go's decoder, which Docker's clients are used to, matches keys in any case, takes null for a field's zero value, and
+ignores unknown fields. So does this. Where Go silently takes the last of two equal keys, this refuses: two readers of
+one body must never read two different requests (CVE-2024-41110 and its kind).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_pascal
+
+from execgate.model.config import ConsoleSize
+from execgate.model.errors import InvalidArgument
+
+_UINT32 = 2**32 - 1
+# Rows and columns are 16 bits in the kernel's struct winsize.
+_WINSIZE_MAX = 2**16 - 1
+
+_Box = Annotated[list[Annotated[int, Field(ge=0, le=_UINT32)]], Field(min_length=2, max_length=2)]
+
+
+class Body(BaseModel):
+    """The base of all bodies; an empty body means the defaults."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", alias_generator=lambda name: name.replace("_", "").lower())
+
+
+class CreateBody(Body):
+    """`POST /containers/{name}/exec`."""
+
+    user: str = ""
+    privileged: bool = False
+    tty: bool = False
+    console_size: _Box | None = None
+    attach_stdin: bool = False
+    attach_stdout: bool = False
+    attach_stderr: bool = False
+    detach_keys: str = ""
+    env: list[str] = []
+    working_dir: str = ""
+    cmd: list[str] = []
+
+
+class StartBody(Body):
+    """`POST /exec/{id}/start`."""
+
+    detach: bool = False
+    tty: bool = False
+    console_size: _Box | None = None
+
+
+_Model = TypeVar("_Model", bound=Body)
+
+
+async def read_body(request: web.Request, model: type[_Model]) -> _Model:
+    """Return the request's JSON body as `model`. InvalidArgument; TooLarge comes from the server."""
+    check_content_type(request)
+    data = await request.read()
+    return parse_body(data, model) if data else model()
+
+
+def check_content_type(request: web.Request) -> None:
+    """Accept JSON only. A missing Content-Type is fine as long as there is no body (moby: CheckForJSON)."""
+    value = request.headers.get("Content-Type", "")
+    if not value and (not request.can_read_body or request.content_length == 0):
+        return
+    if value.partition(";")[0].strip().lower() != "application/json":
+        raise InvalidArgument(f"unsupported Content-Type header ({value}): must be 'application/json'")
+
+
+def parse_body(data: bytes, model: type[_Model]) -> _Model:
+    """Parse `data` as `model`. InvalidArgument for what is no JSON, no object, or has the wrong types."""
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_folded, parse_constant=_refuse_constant)
+    except InvalidArgument:
+        raise
+    except RecursionError:
+        raise InvalidArgument("invalid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise InvalidArgument(f"invalid JSON: {error}") from error
+    if value is None:
+        return model()
+    if not isinstance(value, dict):
+        raise InvalidArgument("invalid JSON: the body must be an object")
+    try:
+        return model.model_validate({key: item for key, item in value.items() if item is not None})
+    except ValidationError as error:
+        raise InvalidArgument(f"invalid JSON: {_explain(error, model)}") from error
+
+
+def console_size(box: Sequence[int] | None) -> ConsoleSize | None:
+    """Return Docker's `[height, width]` as a size; the CLI's `[0, 0]` means that it does not know."""
+    if box is None or not all(box):
+        return None
+    if max(box) > _WINSIZE_MAX:
+        raise InvalidArgument(f"invalid ConsoleSize {list(box)}: value out of range")
+    return ConsoleSize(height=box[0], width=box[1])
+
+
+def _folded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    folded = {key.lower(): value for key, value in pairs}
+    if len(folded) != len(pairs):
+        raise InvalidArgument("invalid JSON: a key is given twice")
+    return folded
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InvalidArgument(f"invalid JSON: {name} is not JSON")
+
+
+def _explain(error: ValidationError, model: type[Body]) -> str:
+    """Name the first thing that is wrong, with the field in Docker's spelling."""
+    names = {field.alias: to_pascal(name) for name, field in model.model_fields.items()}
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(names.get(str(part), str(part)) for part in first["loc"])
+    return f"{where}: {first['msg']}"

@@ -1,0 +1,244 @@
+"""The front of a connection: what stands between the socket and aiohttp's own HTTP protocol.
+
+Why it exists. A request to start an exec turns its connection into a raw byte stream, and clients send the first
+bytes of that stream right behind the request, without waiting. aiohttp's parser would swallow them, parse them as
+HTTP, or answer 400; and a client that half-closes early would be hung up on (`docs/architecture.md`, "The hijack").
+
+What it does. It delimits requests with `wire.request_head` and hands aiohttp exactly the bytes of each. Behind a
+request that may be hijacked it stops and *holds* what comes (bounded, then the socket is not read any more). The
+handler then either takes the connection over, held bytes included, or answers as usual: in that case held bytes are
+never HTTP, so the connection is closed after the answer.
+
+It also says no early, in JSON: to what is not HTTP, to heads that are too large or too slow, to bodies that are
+too large, too slow or compressed.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from execgate.model.errors import Internal
+from execgate.wire.request_head import BadRequest, Body, Head, NeedData, RequestSplitter
+
+log = logging.getLogger(__name__)
+
+HEAD_TIMEOUT = 10.0
+"""Seconds for a head to be complete, from the connection or its own first byte on."""
+
+BODY_TIMEOUT = 30.0
+"""Seconds for a body (at most `max_body`) to be complete, from its head on."""
+
+HELD_LIMIT = 64 * 1024
+"""Bytes held behind a start request before the socket is no longer read."""
+
+_LINGER = 2.0
+"""Seconds that a refused client gets to read why, while what it still sends is thrown away."""
+
+_HIJACKABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/start", re.ASCII)
+
+
+class FrontProtocol(asyncio.Protocol):
+    """One connection. `inner` is aiohttp's protocol for it."""
+
+    def __init__(self, inner: web.RequestHandler, *, max_body: int) -> None:
+        self._inner = inner
+        self._splitter = RequestSplitter(max_body=max_body)
+        self._transport: asyncio.Transport | None = None
+        self._held: bytearray | None = None  # bytes behind a start request, while one is open
+        self._eof = False
+        self._refused = False
+        self._hijackable = False  # the request that is arriving now
+        self._outstanding = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._left: asyncio.Future[None] | None = None
+
+    # -- what a handler asks ----------------------------------------------------------------------------------------
+
+    def take_over(self, successor: Callable[[asyncio.Transport, bytes, bool], asyncio.Protocol]) -> None:
+        """Hand the connection to `successor(transport, held bytes, whether the client's end has come)`.
+
+        ConnectionError when the client is gone already; Internal when the request was not seen as one that may be
+        hijacked, because then some of its bytes may be lost.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        if self._held is None:
+            raise Internal("this request cannot be hijacked", hint="the path of a start request was not recognised")
+        held, self._held = bytes(self._held), None
+        self._arm(None)
+        transport.set_protocol(successor(transport, held, self._eof))
+
+    def request_done(self, *, failed: bool) -> bool:
+        """Note that the oldest request has its answer; return whether the connection must end with it.
+
+        What stands behind a start request is its stdin and never HTTP. When the start failed, more of it may be
+        on its way, so that connection ends too; after a detached start it goes on.
+        """
+        self._outstanding -= 1
+        held, self._held = self._held, None
+        if held is not None and (held or failed):
+            return True
+        return self._eof and not self._outstanding
+
+    async def client_left(self) -> None:
+        """Return once the client has closed its side: for answers that have no end of their own."""
+        if self._left is None:
+            self._left = asyncio.get_running_loop().create_future()
+            self._tell_left()
+        await asyncio.shield(self._left)
+
+    # -- what the event loop says -----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._arm(HEAD_TIMEOUT)
+        self._inner.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.Protocol. A successor passes its own loss on to here."""
+        self._transport, self._eof = None, True
+        self._arm(None)
+        self._tell_left()
+        self._inner.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        """See asyncio.Protocol."""
+        self._inner.resume_writing()
+
+    def eof_received(self) -> bool:
+        """Keep the connection while an answer is owed: a half-close is no farewell."""
+        self._eof = True
+        self._tell_left()
+        return not self._refused and self._outstanding > 0 and (self._held is not None or self._splitter.idle)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._refused:
+            return
+        if self._held is not None:
+            self._hold(data)
+            return
+        if self._splitter.idle and data:
+            self._arm(HEAD_TIMEOUT)
+        self._splitter.feed(data)
+        try:
+            self._forward()
+        except BadRequest as error:
+            self._refuse(error.status, error.message)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> None:
+        """Give aiohttp what is complete; stop behind a request that may be hijacked."""
+        while not isinstance(event := self._splitter.next_event(), NeedData):
+            if isinstance(event, Head):
+                self._begin(event)
+                self._inner.data_received(event.raw)
+            elif isinstance(event, Body):
+                self._inner.data_received(event.raw)
+            else:
+                self._arm(None)
+                if self._hijackable:
+                    self._held = bytearray()
+                    self._hold(self._splitter.take_rest())
+                    return
+
+    def _begin(self, head: Head) -> None:
+        if (head.header("content-encoding") or "identity").lower() != "identity":
+            raise BadRequest(415, "compressed request bodies are not accepted")
+        self._outstanding += 1
+        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
+        self._arm(BODY_TIMEOUT)
+
+    def _hold(self, data: bytes) -> None:
+        assert self._held is not None
+        self._held += data
+        if len(self._held) > HELD_LIMIT and self._transport is not None:
+            self._transport.pause_reading()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what is no request that anybody should see, and end the connection."""
+        self._refused = True
+        transport = self._transport
+        if transport is None:
+            return
+        if self._outstanding:  # an answer is being written: this one would land in the middle of it
+            self._inner.close()
+            self._arm(None)
+            return
+        log.debug("refused a request: %d %s", status, message)
+        transport.write(_error_response(status, message))
+        if self._eof or not transport.can_write_eof():
+            transport.close()
+            return
+        transport.write_eof()
+        self._arm(_LINGER)
+
+    def _expired(self) -> None:
+        """Too slow."""
+        if self._transport is None:
+            return
+        if self._refused or self._splitter.idle:
+            self._transport.close()
+        else:
+            self._refuse(408, "the request did not arrive in time")
+            if self._outstanding:
+                self._transport.close()
+
+    def _arm(self, seconds: float | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expired)
+
+    def _tell_left(self) -> None:
+        if self._eof and self._left is not None and not self._left.done():
+            self._left.set_result(None)
+
+
+def front_of(request: web.Request) -> FrontProtocol:
+    """Return the front of the connection that a request came by."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the client is gone")
+    front = transport.get_protocol()
+    if not isinstance(front, FrontProtocol):
+        raise Internal("this connection has no front", hint="the listener was not made by http.server")
+    return front
+
+
+@web.middleware
+async def front_middleware(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Keep the front informed of which requests have their answers."""
+    front = front_of(request)
+    response = await handler(request)
+    if front.request_done(failed=response.status >= 400):
+        response.force_close()
+    return response
+
+
+def _error_response(status: int, message: str) -> bytes:
+    body = json.dumps({"message": message}).encode() + b"\n"
+    try:
+        reason = HTTPStatus(status).phrase
+    except ValueError:
+        reason = "Error"
+    head = (
+        f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body

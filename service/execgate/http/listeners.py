@@ -1,0 +1,150 @@
+"""Where the service listens: addresses, unix sockets (stale ones are replaced, live ones respected), inherited ones."""
+
+import errno
+import grp
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from execgate.model.errors import Conflict, InvalidArgument, Unavailable
+
+BACKLOG = 1024
+_LISTEN_FDS_START = 3  # sd_listen_fds(3)
+_SUN_PATH_MAX = 107
+_PROBE_TIMEOUT = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A unix socket's path, or a TCP host and port."""
+
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Parse `unix:///PATH` or `tcp://HOST:PORT`. ValueError says what is wrong."""
+    scheme, separator, rest = text.partition("://")
+    if scheme == "unix" and separator and rest:
+        path = Path(rest).expanduser().absolute()
+        if len(os.fsencode(path)) > _SUN_PATH_MAX:
+            raise ValueError(f"{text}: the path is longer than the {_SUN_PATH_MAX} bytes that a unix socket allows")
+        return Address(path=path)
+    host, colon, port = rest.rpartition(":")
+    if scheme == "tcp" and host and colon and port.isascii() and port.isdigit() and int(port) < 65536:
+        host = host.removeprefix("[").removesuffix("]")
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError(f"{text}: only loopback addresses; whoever reaches this port can run commands as root")
+        return Address(host=host, port=int(port))
+    raise ValueError(f"{text}: expected unix:///PATH or tcp://127.0.0.1:PORT")
+
+
+def open_listener(address: Address, *, mode: int, group: str) -> socket.socket:
+    """Return a listening socket. Conflict when somebody serves there already; Unavailable, InvalidArgument."""
+    try:
+        return _open_unix(address.path, mode, group) if address.path else _open_tcp(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(f"{address} is in use by another process") from error
+        raise Unavailable(f"cannot listen on {address}: {error.strerror}") from error
+
+
+def inherited_listeners() -> list[socket.socket]:
+    """Return the sockets that systemd passed (sd_listen_fds(3)), and take the variables out of the environment."""
+    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if not count.isdigit() or pid != str(os.getpid()):
+        return []
+    sockets = []
+    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
+        os.set_inheritable(fd, False)
+        inherited = socket.socket(fileno=fd)
+        inherited.setblocking(False)
+        sockets.append(inherited)
+    return sockets
+
+
+def remove_socket_file(path: Path, identity: tuple[int, int] | None) -> None:
+    """Remove the file of a unix socket that is no longer served, unless somebody else's stands there by now."""
+    if identity is not None and socket_identity(path) == identity:
+        path.unlink(missing_ok=True)
+
+
+def socket_identity(path: Path) -> tuple[int, int] | None:
+    """Return (device, inode) of a socket file, or None when there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+def _open_unix(path: Path, mode: int, group: str) -> socket.socket:
+    _clear_stale(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # bind creates the file with the umask's mode: closed first, opened when owner and mode are right.
+        before = os.umask(0o177)
+        try:
+            listener.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        if group:
+            os.chown(path, -1, _gid(group))
+        path.chmod(mode)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _clear_stale(path: Path) -> None:
+    """Remove a socket file that nobody serves. Conflict when somebody does, or when it is something else."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise Conflict(f"{path} exists and is no socket", hint="remove it, or listen somewhere else")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:  # EAGAIN: its backlog is full, so it lives
+            pass
+    raise Conflict(f"{path} is served by another process")
+
+
+def _open_tcp(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _gid(group: str) -> int:
+    try:
+        return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        raise InvalidArgument(f"there is no group {group!r} for the socket") from error

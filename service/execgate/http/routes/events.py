@@ -1,0 +1,113 @@
+"""`GET /events`: the event stream, one JSON object a line."""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from aiohttp import web
+
+from execgate.http.filters import matches_label, parse_filters
+from execgate.http.front import front_of
+from execgate.model.errors import InvalidArgument
+from execgate.model.events import Event
+from execgate.sessions.events import EventBus, Subscription
+
+_FILTERS = frozenset({"container", "event", "label", "type", "image", "scope", "daemon"})
+_NANO = 1_000_000_000
+
+
+class EventRoutes:
+    """Docker's event stream over an `EventBus`."""
+
+    def __init__(self, bus: EventBus) -> None:
+        self._bus = bus
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """GET /events?since=&until=&filters=."""
+        since, until = _timestamp(request, "since"), _timestamp(request, "until")
+        if since is not None and until is not None and until < since:
+            raise InvalidArgument("`since` time cannot be after `until` time")
+        filters = parse_filters(request.query.get("filters", ""), _FILTERS)
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        with self._bus.subscribe() as subscription:
+            past = [] if since is None else self._bus.past(since)
+            await response.prepare(request)
+            for event in past:
+                if until is None or event.time_ns <= until:
+                    await _write(response, event, filters)
+            await self._follow(request, response, subscription, filters, until)
+        return response
+
+    async def _follow(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        subscription: Subscription,
+        filters: Mapping[str, list[str]],
+        until: int | None,
+    ) -> None:
+        """Write what happens until `until`, the client's leaving, or the end of the service."""
+        left = asyncio.ensure_future(front_of(request).client_left())
+        left.add_done_callback(lambda _: subscription.close())
+        try:
+            async with asyncio.timeout(None if until is None else max(0.0, (until - time.time_ns()) / _NANO)):
+                async for event in subscription:
+                    await _write(response, event, filters)
+        except TimeoutError:
+            pass
+        finally:
+            left.cancel()
+
+
+async def _write(response: web.StreamResponse, event: Event, filters: Mapping[str, list[str]]) -> None:
+    if matches(event, filters):
+        await response.write(json.dumps(message(event), ensure_ascii=True).encode() + b"\n")
+
+
+def message(event: Event) -> dict[str, Any]:
+    """Return an event as Docker shows it, the fields of old clients (status, id, from) included."""
+    return {
+        "status": event.action,
+        "id": event.container_id,
+        "from": event.attributes.get("image", ""),
+        "Type": "container",
+        "Action": event.action,
+        "Actor": {"ID": event.container_id, "Attributes": dict(event.attributes)},
+        "scope": "local",
+        "time": event.time_ns // _NANO,
+        "timeNano": event.time_ns,
+    }
+
+
+def matches(event: Event, filters: Mapping[str, list[str]]) -> bool:
+    """Return whether an event passes: any value of a filter, all filters (labels: all values)."""
+    name = event.attributes.get("name", "")
+    answers = {
+        "container": lambda value: (
+            value.removeprefix("/") == name or (value != "" and event.container_id.startswith(value))
+        ),
+        "event": lambda value: value in (event.action, event.verb),
+        "type": lambda value: value == "container",
+        "image": lambda value: value == event.attributes.get("image", ""),
+        "scope": lambda value: value == "local",
+    }
+    if not all(matches_label(event.attributes, label) for label in filters.get("label", [])):
+        return False
+    return all(any(map(answers[key], values)) for key, values in filters.items() if key in answers and values)
+
+
+def _timestamp(request: web.Request, key: str) -> int | None:
+    """Parse seconds since the epoch, with up to nine decimals, into nanoseconds (docker CLIs send this form)."""
+    text = request.query.get(key, "")
+    if not text or text == "0":
+        return None
+    try:
+        value = Decimal(text[:40])
+        if not value.is_finite() or abs(value) > _NANO * 100:
+            raise InvalidOperation
+    except InvalidOperation:
+        raise InvalidArgument(f"invalid value for '{key}': {text[:40]!r} is no Unix timestamp") from None
+    return int(value * _NANO)

@@ -1,0 +1,111 @@
+"""The HTTP application: routes, middlewares, and a front before each connection."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from execgate.http.dialects import DOCKER, Dialect
+from execgate.http.errors import error_middleware
+from execgate.http.front import FrontProtocol, front_middleware
+from execgate.http.routes.containers import ContainerRoutes
+from execgate.http.routes.events import EventRoutes
+from execgate.http.routes.execs import ExecRoutes
+from execgate.http.routes.system import SystemRoutes
+
+MAX_BODY = 1024 * 1024
+"""Bytes of a request body."""
+
+KEEPALIVE = 75.0
+"""Seconds that an idle connection is kept."""
+
+_SHUTDOWN_TIMEOUT = 2.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_application(
+    execs: ExecRoutes,
+    containers: ContainerRoutes,
+    events: EventRoutes,
+    system: SystemRoutes,
+    dialect: Dialect = DOCKER,
+) -> web.Application:
+    """Return the application: every route with and without an API version."""
+    app = web.Application(
+        client_max_size=MAX_BODY,
+        middlewares=[front_middleware, error_middleware, _version_middleware(dialect)],
+    )
+    routes: list[tuple[str, str, Handler]] = [
+        ("GET", "/_ping", system.ping),
+        ("HEAD", "/_ping", system.ping),
+        ("GET", "/version", system.version),
+        ("GET", "/info", system.info),
+        ("GET", "/events", events.stream),
+        ("GET", "/containers/json", containers.list),
+        ("GET", "/containers/{name}/json", containers.inspect),
+        ("GET", "/containers/{name}/top", containers.top),
+        ("POST", "/containers/{name}/exec", execs.create),
+        ("POST", "/exec/{id}/start", execs.start),
+        ("POST", "/exec/{id}/resize", execs.resize),
+        ("GET", "/exec/{id}/json", execs.inspect),
+    ]
+    for method, path, handler in routes:
+        app.router.add_route(method, path, handler)
+        app.router.add_route(method, r"/v{version:[0-9.]+}" + path, handler)
+    headers = dialect.headers()
+
+    async def add_headers(_request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(headers)
+
+    app.on_response_prepare.append(add_headers)
+    return app
+
+
+class HttpServer:
+    """Serves an application on listening sockets."""
+
+    def __init__(self, app: web.Application) -> None:
+        # Cancelling a handler when its client leaves would be wrong here: a start goes on.
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=False,
+            keepalive_timeout=KEEPALIVE,
+            shutdown_timeout=_SHUTDOWN_TIMEOUT,
+        )
+        self._servers: list[asyncio.Server] = []
+
+    async def start(self, listeners: list[socket.socket]) -> None:
+        """Accept connections from now on."""
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            create = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+            self._servers.append(await create(self._new_connection, sock=listener))
+
+    async def stop_accepting(self) -> None:
+        """Close the listening sockets; connections that are open stay."""
+        for server in self._servers:
+            server.close()
+
+    async def close(self) -> None:
+        """End what is still open."""
+        await self.stop_accepting()
+        await self._runner.cleanup()
+
+    def _new_connection(self) -> FrontProtocol:
+        server = self._runner.server
+        assert server is not None
+        return FrontProtocol(server(), max_body=MAX_BODY)
+
+
+def _version_middleware(dialect: Dialect) -> Middleware:
+    @web.middleware
+    async def check_version(request: web.Request, handler: Handler) -> web.StreamResponse:
+        dialect.version_of(request)
+        return await handler(request)
+
+    return check_version

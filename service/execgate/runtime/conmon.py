@@ -1,0 +1,570 @@
+"""Driving conmon, which drives runc or crun: one monitor for one exec'd process.
+
+The order of things, and why (facts: conmon 2.1.6's `src/conmon.c`):
+
+1. `prepare` makes the session's directory with process.json, the pipes, and spawns conmon, which blocks in a read
+   of the *start pipe*. Whatever this host cannot give (descriptors, processes, space) has failed by now, while the
+   caller can still answer with a status.
+2. With a TTY conmon gets one byte now, opens its attach socket, says so on the *attach pipe*, and blocks again.
+3. The caller puts the head of its answer on the wire.
+4. `start` lets conmon go: the runtime runs, and the pid comes over the *sync pipe*, or the pipe ends: the start
+   failed, and the runtime's log has the reason. (In passthrough conmon has nothing to say itself: the runtime's
+   stderr is the process's.)
+5. `wait` reads the exit code from the sync pipe, else from the exit file (conmon writes it first), else from the
+   kernel by pidfd, else says "unknown".
+6. `dispose` removes the directory and waits for conmon, which ends by itself.
+
+Without a TTY conmon runs in *passthrough*: its stdin, stdout and stderr become the process's, and it lets go of
+them as soon as the runtime has them. The service reads the very pipe that the process writes.
+
+conmon is started with `--sync`, which forks once less: it is our child, its pid is known, and we reap it. If the
+service dies, it lives on as a child of init, and the exit file tells the code.
+
+All of it is bounded: `start` by `start_timeout`, the rest by the life of the process itself.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from execgate.model.config import ConsoleSize
+from execgate.model.container import Container
+from execgate.model.errors import Internal, StartFailed, Unavailable
+from execgate.model.ids import SessionId
+from execgate.model.process import ProcessIdentity
+from execgate.model.session import UNKNOWN_EXIT, ExecSession, ExitSource, ExitStatus
+from execgate.runtime import failures, pidfd
+from execgate.runtime.readiness import Descriptor, readable
+from execgate.runtime.streams import (
+    AttachInput,
+    AttachOutput,
+    ExecStreams,
+    Input,
+    Output,
+    PipeInput,
+    PipeOutput,
+)
+from execgate.wire import stdcopy
+from execgate.wire.sync_pipe import SyncLines, SyncMessage
+
+log = logging.getLogger(__name__)
+
+_CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MONITOR_GRACE = 5.0
+"""Seconds that conmon gets to end after its process; it needs milliseconds."""
+
+_REAP_ATTEMPTS = 20
+_REAP_INTERVAL = 0.05
+
+CONSOLE_SOCKET_NAME = "/conmon-term.XXXXXX"
+"""conmon makes a socket of this name in the session's directory; with it the path must fit sun_path."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecRequest:
+    """One process to run: where, what (the runtime's process.json), and which streams somebody will hold."""
+
+    session_id: SessionId
+    container: Container
+    process: Mapping[str, Any]
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+
+    @property
+    def tty(self) -> bool:
+        """Whether the process gets a terminal."""
+        return bool(self.process.get("terminal"))
+
+    @property
+    def attached(self) -> bool:
+        """Whether anything is attached at all."""
+        return self.stdin or self.stdout or self.stderr
+
+
+def session_directory(parent: Path, session_id: SessionId) -> Path:
+    """Return where a session keeps its files: half of its id names it, for the sake of the limit of sun_path."""
+    return parent / session_id[:32]
+
+
+class ConmonRuntime:
+    """Starts processes in containers.
+
+    `directory` gets one 0700 directory a live session. `start_timeout` is the seconds a runtime may take to start
+    a process before it and everything it began is killed.
+    """
+
+    def __init__(self, *, conmon: Path, directory: Path, start_timeout: float) -> None:
+        self._conmon = conmon
+        self._directory = directory
+        self._start_timeout = start_timeout
+        # The service may have raised its own limit; a container without one of its own must not inherit that.
+        self._nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def remember_limits(self, nofile: tuple[int, int]) -> None:
+        """Give processes this RLIMIT_NOFILE (soft, hard) instead of the service's present one."""
+        self._nofile = nofile
+
+    async def prepare(self, request: ExecRequest) -> "ConmonExec":
+        """Make everything ready for `request`, up to the last step. Unavailable when the host cannot."""
+        directory = session_directory(self._directory, request.session_id)
+        try:
+            _make_directory(directory, request.process)
+            with contextlib.ExitStack() as ours:
+                ours.callback(shutil.rmtree, directory, ignore_errors=True)
+                execution = self._spawn(request, directory, ours)
+                ours.pop_all()
+        except OSError as error:
+            raise Unavailable(
+                "the host cannot start another process now",
+                hint=f"preparing an exec in {directory}: {error}",
+            ) from error
+        try:
+            if request.tty and request.attached:
+                await asyncio.wait_for(execution.connect(), self._start_timeout)
+        except BaseException as error:
+            await execution.abort()
+            if isinstance(error, TimeoutError | OSError):
+                raise Unavailable("the monitor did not answer", hint=f"conmon in {directory}: {error!r}") from error
+            raise
+        return execution
+
+    def adopt(self, session: ExecSession) -> "AdoptedExec":
+        """Take back a process that an earlier service started."""
+        return AdoptedExec(session_directory(self._directory, session.id), session.process, session.monitor)
+
+    def _spawn(self, request: ExecRequest, directory: Path, ours: contextlib.ExitStack) -> "ConmonExec":
+        """Make the pipes and spawn conmon. What is to be kept on success is pushed on `ours`."""
+        with contextlib.ExitStack() as theirs:
+            sync_read, sync_write = _pipe(ours, theirs)
+            start_write, start_read = _pipe(ours, theirs, ours_writes=True)
+            attach_read, attach_write = _pipe(ours, theirs)
+            streams, stdio = _standard_streams(request, ours, theirs)
+            environment = {
+                "PATH": _CHILD_PATH,
+                "TMPDIR": str(directory),
+                "_OCI_SYNCPIPE": str(sync_write.fileno()),
+                "_OCI_STARTPIPE": str(start_read.fileno()),
+                "_OCI_ATTACHPIPE": str(attach_write.fileno()),
+            }
+            if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
+                environment["XDG_RUNTIME_DIR"] = runtime_dir
+            # A descriptor "moved" onto itself loses its close-on-exec flag and keeps its number; everything
+            # else this process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
+            moves = [(fd, target) for target, fd in enumerate(stdio)]
+            moves += [(pipe.fileno(), pipe.fileno()) for pipe in (sync_write, start_read, attach_write)]
+            pid = os.posix_spawn(
+                self._conmon,
+                self._arguments(request, directory),
+                environment,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for fd, target in moves],
+                setsigmask=(),
+                # Python ignores SIGPIPE; a process that inherited that would outlive `yes | head`.
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+            )
+        with contextlib.suppress(OSError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
+        return ConmonExec(
+            request=request,
+            directory=directory,
+            monitor=_Monitor(pid),
+            sync=_SyncPipe(sync_read),
+            start_pipe=start_write,
+            attach_pipe=attach_read,
+            streams=streams,
+            start_timeout=self._start_timeout,
+        )
+
+    def _arguments(self, request: ExecRequest, directory: Path) -> list[str]:
+        runtime = request.container.runtime
+        arguments = [str(self._conmon), "--api-version", "1", "--sync"]
+        arguments += ["-c", request.container.id, "-u", request.session_id, "-n", request.container.name]
+        arguments += ["-r", str(runtime.path), "-b", str(directory), "-p", str(directory / "pid")]
+        arguments += ["--exit-dir", str(directory / "exit"), "--full-attach", "--log-level", "error"]
+        for argument in (f"--root={runtime.root}", f"--log={directory / 'oci-log'}", "--log-format=json"):
+            arguments += ["--runtime-arg", argument]
+        if request.tty:
+            arguments += ["-l", "none", "-t", "-i", "--leave-stdin-open"]
+            arguments += ["--exec-attach"] if request.attached else []
+        else:
+            arguments += ["-l", "passthrough"]
+        return [*arguments, "-e", "--exec-process-spec", str(directory / "process.json")]
+
+
+class ConmonExec:
+    """One process: prepared, then started, then waited for, then disposed of; aborted at any point before the end."""
+
+    def __init__(
+        self,
+        *,
+        request: ExecRequest,
+        directory: Path,
+        monitor: "_Monitor",
+        sync: "_SyncPipe",
+        start_pipe: Descriptor,
+        attach_pipe: Descriptor,
+        streams: ExecStreams,
+        start_timeout: float,
+    ) -> None:
+        self.streams = streams
+        self._request = request
+        self._directory = directory
+        self._monitor = monitor
+        self._sync = sync
+        self._start_pipe = start_pipe
+        self._attach_pipe = attach_pipe
+        self._start_timeout = start_timeout
+        self._pidfd: Descriptor | None = None
+
+    def __repr__(self) -> str:
+        return f"<ConmonExec {self._request.session_id[:12]} monitor={self._monitor.identity}>"
+
+    @property
+    def monitor(self) -> ProcessIdentity | None:
+        """conmon itself."""
+        return self._monitor.identity
+
+    async def connect(self) -> None:
+        """Step 2: let conmon open its attach socket and take the one connection to it."""
+        os.write(self._start_pipe.fileno(), b"\n")
+        ready = await _SyncPipe(self._attach_pipe).next()
+        if ready is None or ready.data != 0:
+            raise ConnectionError(f"conmon has no attach socket: {ready}")
+        connection = _connect_seqpacket(self._directory / "attach")
+        wants_input, wants_output = self._request.stdin, self._request.stdout or self._request.stderr
+        output = AttachOutput(connection)
+        self.streams = ExecStreams(
+            outputs=(output if wants_output else _Discarded(output),),
+            input=AttachInput(connection) if wants_input else None,
+        )
+
+    async def start(self) -> ProcessIdentity:
+        """Step 4: run it. StartFailed when the runtime refuses or takes too long; nothing is left then."""
+        self._start_pipe.close()  # conmon takes the end of the pipe as its byte
+        self._attach_pipe.close()
+        try:
+            message = await asyncio.wait_for(self._sync.next(), self._start_timeout)
+        except TimeoutError:
+            await self.abort()
+            raise StartFailed(
+                f"the runtime did not start the process within {self._start_timeout:g} seconds",
+                128,
+                hint=f"{self._request.container.runtime.path} hangs in container {self._request.container.id}",
+            ) from None
+        if message is None or message.data is None or message.data <= 0:
+            raise await self._start_failure(message)
+        with contextlib.suppress(OSError):
+            (self._directory / "process.json").unlink()  # it holds secrets
+        process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
+        self._pidfd = pidfd.open_pidfd(process)
+        return process
+
+    async def wait(self) -> ExitStatus:
+        """Step 5: return how the process ended, and how we know."""
+        message = await self._sync.next()
+        if message is not None and message.data is not None and message.data >= 0:
+            return ExitStatus(message.data, ExitSource.SYNC_PIPE)
+        if self._pidfd is not None and message is None:
+            await pidfd.ended(self._pidfd)  # conmon died, or could not write: the process may live on
+        return exit_file_status(self._directory) or await kernel_status(self._pidfd) or UNKNOWN_EXIT
+
+    def resize(self, size: ConsoleSize) -> None:
+        """Set the terminal's size. Internal when conmon does not take it."""
+        resize_terminal(self._directory, size)
+
+    def leave(self) -> None:
+        """Let go of every descriptor. The process and its monitor live on, and the exit file will tell."""
+        self.streams.close()
+        self._start_pipe.close()
+        self._attach_pipe.close()
+        self._sync.close()
+        if self._pidfd is not None:
+            self._pidfd.close()
+
+    async def dispose(self) -> None:
+        """Step 6: leave nothing behind: no descriptor, no directory, no monitor."""
+        self.leave()
+        await self._monitor.gone(_MONITOR_GRACE)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def abort(self) -> None:
+        """Kill a start that is under way, the runtime included, and dispose of it."""
+        self._monitor.kill_group()
+        await self.dispose()
+
+    async def _start_failure(self, message: SyncMessage | None) -> StartFailed:
+        reason = failures.last_error(_tail(self._directory / "oci-log"))
+        if not reason and message is not None:
+            reason = message.message
+        if not reason:
+            reason = await self._runtime_stderr()
+        failure = failures.start_failure(reason)
+        await self.dispose()
+        return failure
+
+    async def _runtime_stderr(self) -> str:
+        """What the runtime said on the stderr that would have been the process's."""
+        if self._request.tty:
+            return ""
+        for output in self.streams.outputs:
+            output.cut()
+            while (chunk := await output.read()) is not None:
+                if chunk[0] == stdcopy.STDERR:
+                    return chunk[1][: failures.MESSAGE_LIMIT].decode(errors="replace")
+        return ""
+
+
+class AdoptedExec:
+    """A process that an earlier service started: its streams are lost, its end is not.
+
+    The pid was written by conmon into a file, if the record has none: the service died during the start.
+    """
+
+    def __init__(self, directory: Path, process: ProcessIdentity | None, monitor: ProcessIdentity | None) -> None:
+        self.streams = ExecStreams()
+        self.monitor = monitor
+        self._directory = directory
+        self._process = process or _pid_file_identity(directory)
+        self._pidfd = pidfd.open_pidfd(self._process) if self._process else None
+
+    async def start(self) -> ProcessIdentity:
+        """It has been started. Internal when it never was."""
+        if self._process is None:
+            raise Internal("the process was never started")
+        return self._process
+
+    async def wait(self) -> ExitStatus:
+        """Return how it ended: from the exit file, else from the kernel, else unknown."""
+        if self._pidfd is not None:
+            await pidfd.ended(self._pidfd)
+        if self.monitor is not None and (monitor := pidfd.open_pidfd(self.monitor)):
+            with contextlib.closing(monitor), contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(pidfd.ended(monitor), _MONITOR_GRACE)  # it writes the exit file, then ends
+        return exit_file_status(self._directory) or await kernel_status(self._pidfd) or UNKNOWN_EXIT
+
+    def resize(self, size: ConsoleSize) -> None:
+        """Set the terminal's size."""
+        resize_terminal(self._directory, size)
+
+    def leave(self) -> None:
+        """Let go of it."""
+        if self._pidfd is not None:
+            self._pidfd.close()
+
+    async def dispose(self) -> None:
+        """Remove what is left of it. Its monitor is no child of ours and ends by itself."""
+        self.leave()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def abort(self) -> None:
+        """There is no start to undo."""
+        await self.dispose()
+
+
+class _Monitor:
+    """conmon, our child: reaped when it ends, killed with all its group when a start must be undone."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._reaped = False
+        self.identity = pidfd.identify(pid)
+        try:
+            # Now, and not at the end: with no descriptor left a start can still be refused, an end cannot.
+            self._pidfd = Descriptor(os.pidfd_open(pid))
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+
+    def kill_group(self) -> None:
+        """Kill conmon and the runtime. Before its setsid conmon is still in our group: then only itself."""
+        if self._reaped:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(self._pid) == self._pid:
+                os.killpg(self._pid, signal.SIGKILL)
+            else:
+                os.kill(self._pid, signal.SIGKILL)
+
+    async def gone(self, grace: float) -> None:
+        """Reap conmon, at the latest after `grace` seconds with SIGKILL."""
+        if not self._try_reap():
+            try:
+                await asyncio.wait_for(pidfd.ended(self._pidfd), grace)
+            except TimeoutError:
+                log.warning("conmon %d did not end by itself and is killed", self._pid)
+                self.kill_group()
+                await pidfd.ended(self._pidfd)
+            self._try_reap()
+        self._pidfd.close()
+
+    def _try_reap(self) -> bool:
+        if not self._reaped:
+            try:
+                self._reaped = os.waitpid(self._pid, os.WNOHANG)[0] == self._pid
+            except ChildProcessError:  # somebody else waited for all children
+                self._reaped = True
+        return self._reaped
+
+
+class _SyncPipe:
+    """The messages of conmon's sync (or attach) pipe, one at a time."""
+
+    def __init__(self, pipe: Descriptor) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self._pipe = pipe
+        self._lines = SyncLines()
+        self._messages: list[SyncMessage] = []
+
+    async def next(self) -> SyncMessage | None:
+        """Return the next message, or None when conmon will send no more."""
+        while not self._messages:
+            try:
+                data = os.read(self._pipe.fileno(), 4096)
+            except BlockingIOError:
+                await readable(self._pipe.fileno())
+                continue
+            if not data:
+                return None
+            self._messages.extend(self._lines.feed(data))
+        return self._messages.pop(0)
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+class _Discarded:
+    """An output that nobody asked for and that has to be read all the same."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+
+    async def read(self) -> tuple[int, bytes] | None:
+        while (await self._output.read()) is not None:
+            pass
+        return None
+
+    def cut(self) -> None:
+        self._output.cut()
+
+    def close(self) -> None:
+        self._output.close()
+
+
+async def kernel_status(process: Descriptor | None) -> ExitStatus | None:
+    """Ask the kernel. It tells once the process is reaped, which its new parent does in its own time."""
+    if process is None:
+        return None
+    for _ in range(_REAP_ATTEMPTS):
+        if status := pidfd.exit_status(process):
+            return status
+        await asyncio.sleep(_REAP_INTERVAL)  # the kernel has no event for "reaped"
+    return None
+
+
+def resize_terminal(directory: Path, size: ConsoleSize) -> None:
+    """Tell the conmon of a session's directory the size of its terminal: one line into its ctl FIFO."""
+    try:
+        fd = os.open(directory / "ctl", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with contextlib.closing(Descriptor(fd)):
+            os.write(fd, f"1 {size.height} {size.width}\n".encode())
+    except OSError as error:
+        raise Internal("the terminal cannot be resized", hint=f"conmon's ctl FIFO: {error}") from error
+
+
+def exit_file_status(directory: Path) -> ExitStatus | None:
+    """Read the exit file of a session's directory: conmon writes a bare decimal, and -1 when it does not know."""
+    with contextlib.suppress(OSError, ValueError):
+        for entry in (directory / "exit").iterdir():
+            code = int(entry.read_text(encoding="ascii")[:8])
+            return ExitStatus(code, ExitSource.EXIT_FILE) if code >= 0 else None
+    return None
+
+
+def _pid_file_identity(directory: Path) -> ProcessIdentity | None:
+    try:
+        return pidfd.identify(int((directory / "pid").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        return None
+
+
+def _make_directory(directory: Path, process: Mapping[str, Any]) -> None:
+    directory.mkdir(mode=0o700)
+    (directory / "exit").mkdir(mode=0o700)
+    fd = os.open(directory / "process.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:  # noqa: PTH123  (a descriptor, not a path)
+        # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
+        file.write(json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
+
+
+def _pipe(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, *, ours_writes: bool = False
+) -> tuple[Descriptor, Descriptor]:
+    """Make a pipe; return (our end, conmon's end), each to be closed by the stack it belongs to."""
+    read, write = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC))
+    mine, other = (write, read) if ours_writes else (read, write)
+    ours.callback(mine.close)
+    theirs.callback(other.close)
+    return mine, other
+
+
+def _standard_streams(
+    request: ExecRequest, ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+) -> tuple[ExecStreams, list[int]]:
+    """Return the streams that we hold, and what conmon gets as its descriptors 0, 1 and 2."""
+    null = Descriptor(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+    theirs.callback(null.close)
+    stdio = [null.fileno()] * 3
+    if request.tty:
+        return ExecStreams(), stdio
+    stdin: Input | None = None
+    outputs: list[Output] = []
+    if request.stdin:
+        mine, other = _pipe(ours, theirs, ours_writes=True)
+        stdin, stdio[0] = PipeInput(mine), other.fileno()
+    for wanted, number in ((request.stdout, stdcopy.STDOUT), (request.stderr, stdcopy.STDERR)):
+        if wanted:
+            mine, other = _pipe(ours, theirs)
+            outputs.append(PipeOutput(mine, number))
+            stdio[number] = other.fileno()
+    return ExecStreams(outputs=outputs, input=stdin), stdio
+
+
+def _connect_seqpacket(path: Path) -> socket.socket:
+    """Connect to a unix socket whose path may be longer than sun_path: by way of its directory's descriptor."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.setblocking(False)
+        with contextlib.closing(Descriptor(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))) as parent:
+            connection.connect(f"/proc/self/fd/{parent.fileno()}/{path.name}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - failures.LOG_LIMIT))
+            return file.read(failures.LOG_LIMIT)
+    except OSError:
+        return b""
+
+
+def longest_state_dir() -> int:
+    """Return how many bytes the path of a state directory may have.
+
+    conmon makes a console socket in the session's directory, and the path of a unix socket ends at 107 bytes.
+    """
+    return 107 - len("/sessions/") - 32 - len(CONSOLE_SOCKET_NAME)

@@ -1,0 +1,64 @@
+"""Processes held by pidfd: waited for and judged without the pid being reused under our hands.
+
+`os.pidfd_open` (Linux 5.3) works for any process, not only children. The exit code of a process that is not our
+child is told by the ioctl `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15), as long as the pidfd was opened
+before the process was reaped. On older kernels the answer is None, an honest "unknown".
+"""
+
+import fcntl
+import os
+import struct
+
+from execgate.containers import proc
+from execgate.model.process import ProcessIdentity
+from execgate.model.session import ExitSource, ExitStatus
+from execgate.runtime.readiness import Descriptor, readable
+
+# include/uapi/linux/pidfd.h: struct pidfd_info, 64 bytes in its first version:
+# __u64 mask, __u64 cgroupid, then 12 ids of __u32 (pid, tgid, ppid, ruid … fsgid… ), the last an __s32 exit_code.
+_INFO = struct.Struct("=QQ11Ii")
+_PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_GET_INFO = (3 << 30) | (_INFO.size << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """Name the process that has `pid` now, or None when there is none."""
+    start_time = proc.start_time(pid)
+    return None if start_time is None else ProcessIdentity(pid, start_time)
+
+
+def open_pidfd(process: ProcessIdentity) -> Descriptor | None:
+    """Return a pidfd of exactly this process, or None when it is gone and reaped."""
+    try:
+        fd = Descriptor(os.pidfd_open(process.pid))
+    except OSError:  # ESRCH: gone. EMFILE, ENOMEM: without a pidfd we know less, and nothing breaks.
+        return None
+    # Opened by number, so compare the start time *after* the open: from here on the number cannot be reused.
+    if proc.start_time(process.pid) != process.start_time:
+        fd.close()
+        return None
+    return fd
+
+
+async def ended(pidfd: Descriptor) -> None:
+    """Return once the process has ended (it may still be a zombie)."""
+    await readable(pidfd.fileno())
+
+
+def exit_status(pidfd: Descriptor) -> ExitStatus | None:
+    """Return how an ended and reaped process ended, or None where the kernel does not tell."""
+    buffer = bytearray(_INFO.pack(_PIDFD_INFO_EXIT, *([0] * 12), 0))
+    try:
+        fcntl.ioctl(pidfd.fileno(), _PIDFD_GET_INFO, buffer)
+    except OSError:  # ENOTTY, EINVAL: an older kernel; ESRCH: reaped before PIDFD_INFO_EXIT existed
+        return None
+    mask, *_, wait_status = _INFO.unpack(buffer)
+    if not mask & _PIDFD_INFO_EXIT:
+        return None
+    return ExitStatus(shell_code(wait_status), ExitSource.PIDFD)
+
+
+def shell_code(wait_status: int) -> int:
+    """Return the shell's number for a wait status: the exit code, or 128 + signal."""
+    code = os.waitstatus_to_exitcode(wait_status)
+    return 128 - code if code < 0 else code

@@ -1,0 +1,225 @@
+"""The standard streams of an exec'd process, behind one small interface.
+
+Two kinds exist, and whoever pumps cannot tell them apart:
+
+- **pipes** (no TTY): the process reads and writes them itself, conmon is not in the way;
+- **the attach socket** of conmon (TTY): one SEQPACKET connection a session, packets of `wire.attach`.
+
+An `Output` is read to its end: `None` says that no more will come. `cut()` sets the end by hand: what is buffered
+*now* is still delivered, however slow the reader, and nothing after it. That is how a background child that keeps
+stdout open cannot hold the session (moby#33039). An `Input` swallows the process's own closing: when nobody reads
+stdin any more, `write` says so once and for all by raising `InputClosed`.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from execgate.runtime.readiness import Descriptor, ReadWaiter, writable
+from execgate.wire import attach
+
+READ_SIZE = 256 * 1024
+"""The most that one read takes: one event-loop turn moves a bounded amount a session."""
+
+BULK_PIPE_SIZE = 1 << 20
+"""A pipe that proves busy grows to this. Idle ones keep 64 KiB, because the kernel limits an unprivileged user's
+pipe pages in total (pipe-user-pages-soft: 64 MiB), and above that gives new pipes a single page."""
+
+_DEFAULT_PIPE_SIZE = 64 * 1024
+
+
+class InputClosed(Exception):
+    """Nobody will ever read what is written to stdin: the process closed it, or is gone."""
+
+
+class Output(Protocol):
+    """Where the process's output comes out."""
+
+    async def read(self) -> tuple[int, bytes] | None:
+        """Return (stream, bytes): 1 is stdout, 2 stderr. None at the end."""
+
+    def cut(self) -> None:
+        """End after what is buffered now."""
+
+    def close(self) -> None:
+        """Let go at once. Must not be called while a read is waiting."""
+
+
+class Input(Protocol):
+    """Where the process's stdin goes in."""
+
+    async def write(self, data: bytes) -> None:
+        """Write all of `data`, waiting for room; InputClosed when nobody reads any more."""
+
+    def close(self) -> None:
+        """Give the process its end of file (a TTY has none to give). May be called twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecStreams:
+    """What of a process is attached: one `Output` for each source of output, and stdin if it is wanted."""
+
+    outputs: Sequence[Output] = ()
+    input: Input | None = None
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for output in self.outputs:
+            output.close()
+        if self.input is not None:
+            self.input.close()
+
+
+def buffered(fd: int) -> int:
+    """Return how many bytes wait to be read."""
+    answer = fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0")
+    return int(struct.unpack("=i", answer)[0])
+
+
+class PipeOutput:
+    """The read end of a pipe that the process writes stdout or stderr to."""
+
+    __slots__ = ("_bulk", "_left", "_pipe", "_stream", "_waiter")
+
+    def __init__(self, pipe: Descriptor, stream: int) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self._pipe = pipe
+        self._stream = stream
+        self._waiter = ReadWaiter(pipe.fileno())
+        self._left: int | None = None  # after a cut: what may still pass
+        self._bulk = False
+
+    async def read(self) -> tuple[int, bytes] | None:
+        """See `Output.read`."""
+        while (size := READ_SIZE if self._left is None else min(self._left, READ_SIZE)) > 0:
+            try:
+                data = os.read(self._pipe.fileno(), size)
+            except BlockingIOError:
+                await self._waiter.wait()
+                continue
+            if self._left is not None:
+                self._left -= len(data)
+            if len(data) >= _DEFAULT_PIPE_SIZE:
+                self._bulk = self._bulk or _grow(self._pipe)
+                await asyncio.sleep(0)  # a busy stream must not starve the others
+            return (self._stream, data) if data else None
+        return None
+
+    def cut(self) -> None:
+        """See `Output.cut`."""
+        if self._pipe and self._left is None:
+            self._left = buffered(self._pipe.fileno())
+            self._waiter.wake()
+
+    def close(self) -> None:
+        """See `Output.close`."""
+        self._pipe.close()
+
+
+class PipeInput:
+    """The write end of the pipe that is the process's stdin."""
+
+    __slots__ = ("_bulk", "_pipe")
+
+    def __init__(self, pipe: Descriptor) -> None:
+        os.set_blocking(pipe.fileno(), False)
+        self._pipe = pipe
+        self._bulk = False
+
+    async def write(self, data: bytes) -> None:
+        """See `Input.write`."""
+        view = memoryview(data)
+        while view:
+            if not self._pipe:
+                raise InputClosed
+            try:
+                view = view[os.write(self._pipe.fileno(), view) :]
+            except BlockingIOError:
+                if not self._bulk:
+                    self._bulk = True
+                    _grow(self._pipe)
+                await writable(self._pipe.fileno())
+            except BrokenPipeError:
+                self.close()
+                raise InputClosed from None
+
+    def close(self) -> None:
+        """See `Input.close`."""
+        self._pipe.close()
+
+
+class AttachOutput:
+    """The output half of conmon's attach socket."""
+
+    __slots__ = ("_cut", "_socket", "_waiter")
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._waiter = ReadWaiter(connection.fileno())
+        self._cut = False
+
+    async def read(self) -> tuple[int, bytes] | None:
+        """See `Output.read`."""
+        while True:
+            try:
+                packet = self._socket.recv(attach.PACKET_READ_SIZE)
+            except BlockingIOError:
+                if self._cut:
+                    return None
+                await self._waiter.wait()
+            except ConnectionResetError:  # conmon closed with our input unread: as good an end as any
+                return None
+            else:
+                return attach.parse_packet(packet) if packet else None
+
+    def cut(self) -> None:
+        """See `Output.cut`. What conmon has not sent yet is not waited for."""
+        self._cut = True
+        self._waiter.wake()
+
+    def close(self) -> None:
+        """See `Output.close`. From now on conmon drops what the process writes."""
+        self._socket.close()
+
+
+class AttachInput:
+    """The input half of conmon's attach socket."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+
+    async def write(self, data: bytes) -> None:
+        """See `Input.write`."""
+        for packet in attach.input_packets(data):
+            await self._send(packet)
+
+    async def _send(self, packet: memoryview) -> None:
+        while self._socket.fileno() >= 0:
+            try:
+                self._socket.send(packet)
+            except BlockingIOError:
+                await writable(self._socket.fileno())
+            except OSError as error:  # EPIPE, ECONNRESET: conmon is gone
+                raise InputClosed from error
+            else:
+                return
+        raise InputClosed
+
+    def close(self) -> None:
+        """See `Input.close`. A terminal's end of file is a character, not an event: nothing to do."""
+
+
+def _grow(pipe: Descriptor) -> bool:
+    """Enlarge a busy pipe; over the user's limit it stays as it is, which costs speed and nothing else."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, BULK_PIPE_SIZE)
+    return True

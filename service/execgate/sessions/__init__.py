@@ -1,0 +1,1 @@
+"""The life of exec sessions: manager, store, pump, event bus."""
