@@ -4,14 +4,16 @@ A process is named by pid *and* start time. Nothing here trusts a bare pid to me
 today, and no answer is made up: a process that is gone is None or False, a host that cannot be read raises.
 """
 
+import fcntl
 import functools
 import os
 
 from execgate.containers import cgroups
 from execgate.containers.files import read_kernel, translate
-from execgate.model.errors import Internal, NotFound
+from execgate.model.errors import Internal, NotFound, Unavailable
 from execgate.model.process import ProcessIdentity
 
+_NS_GET_PARENT = 0xB702  # linux/nsfs.h
 _DEAD = frozenset("ZXx")
 _OWN_FIRST = (cgroups.V2, "freezer", "pids", "devices", "memory", "cpu", "name=systemd")
 """The hierarchies that tell a container's processes, best first: runtimes create a cgroup in these."""
@@ -64,21 +66,26 @@ def frozen(pid: int) -> bool:
 def pids_in_cgroup(pid: int) -> list[int]:
     """Return the pids, in our namespace and sorted, of all processes of the container whose init is `pid`.
 
-    That is: its cgroup with everything below it, and, when it has a pid namespace of its own, whoever is in
-    that namespace; systemd in a container moves itself into a cgroup beside that of the execs. In a container
-    with the host's pid namespace the cgroup alone decides. Without either only the init is known. Empty when
-    it is gone.
+    With a pid namespace of its own, that is who lives in it or in one below it. The cgroup would be the worse
+    witness: it may have been joined and not created, two containers of one name share it, and systemd in a
+    container moves itself into a cgroup beside that of the execs. Only where the container has the host's pid
+    namespace does its cgroup decide, with all below it; without either only the init is known.
+
+    Empty when the process is gone.
     """
     namespace, ours = _pid_namespace(pid), _pid_namespace("self")
-    members = _cgroup_members(pid)
-    if namespace is None:
-        return sorted(members)
-    if namespace == ours:
-        return sorted(members | {pid})
-    # A cgroup that was joined, not created for the container, holds host processes too.
-    inside = {member for member in members if _pid_namespace(member) not in (None, ours)}
-    inside |= {member for member in _all_pids() if _pid_namespace(member) == namespace}
-    return sorted(inside)
+    if namespace is None or namespace == ours:
+        members = _cgroup_members(pid)
+        return sorted(members | {pid} if namespace else members)
+    inside = {namespace: True, ours: False, None: False}
+    members = set()
+    for candidate in _all_pids():
+        theirs = _pid_namespace(candidate)
+        if theirs not in inside:
+            inside[theirs] = _descends(candidate, namespace)
+        if inside[theirs]:
+            members.add(candidate)
+    return sorted(members)
 
 
 def _stat(pid: int) -> tuple[str, int] | None:
@@ -118,6 +125,28 @@ def _pid_namespace(pid: int | str) -> str | None:
         if isinstance(translated, NotFound):
             return None
         raise translated from error
+
+
+def _descends(pid: int, namespace: str) -> bool:
+    """Return whether the pid namespace of `pid` is somewhere below `namespace`."""
+    inode = int(namespace.partition("[")[2].rstrip("]"))
+    try:
+        fd = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        while True:
+            try:
+                parent = fcntl.ioctl(fd, _NS_GET_PARENT)
+            finally:
+                os.close(fd)
+            fd = parent
+            if os.fstat(fd).st_ino == inode:
+                os.close(fd)
+                return True
+    except OSError as error:
+        # EPERM is the end of the line: a parent beyond our own namespace, ioctl_ns(2).
+        translated = translate(error, f"/proc/{pid}/ns/pid")
+        if isinstance(translated, Unavailable):
+            raise translated from error
+        return False
 
 
 def _all_pids() -> list[int]:

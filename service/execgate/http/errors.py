@@ -63,8 +63,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return json_error(404, "page not found")
     except web.HTTPException as error:
         return json_error(error.status, error.reason.lower())
-    except ConnectionError:
-        raise
+    except ConnectionError:  # the client left; raised further it would be logged as a bug of ours
+        return json_error(400, "the client is gone")
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return json_error(500, "internal error; the service's log has the details")

@@ -19,6 +19,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from typing import cast
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -53,7 +54,8 @@ class FrontProtocol(asyncio.Protocol):
         self._held: bytearray | None = None  # bytes behind a start request, while one is open
         self._eof = False
         self._refused = False
-        self._hijackable = False  # the request that is arriving now
+        self._arriving = False  # a request has begun, and its body is not complete
+        self._hijackable = False  # that request, or the last one that arrived
         self._outstanding = 0
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
@@ -82,10 +84,14 @@ class FrontProtocol(asyncio.Protocol):
         on its way, so that connection ends too; after a detached start it goes on.
         """
         self._outstanding -= 1
+        if self._outstanding:  # a start request is always the last: this was one before it
+            return False
+        if self._arriving and self._hijackable:  # refused before its body was here
+            return True
         held, self._held = self._held, None
         if held is not None and (held or failed):
             return True
-        return self._eof and not self._outstanding
+        return self._eof
 
     async def client_left(self) -> None:
         """Return once the client has closed its side: for answers that have no end of their own."""
@@ -98,8 +104,7 @@ class FrontProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no instances of it
         self._arm(HEAD_TIMEOUT)
         self._inner.connection_made(transport)
 
@@ -150,16 +155,21 @@ class FrontProtocol(asyncio.Protocol):
             elif isinstance(event, Body):
                 self._inner.data_received(event.raw)
             else:
-                self._arm(None)
+                self._arriving = False
                 if self._hijackable:
+                    self._arm(None)
                     self._held = bytearray()
                     self._hold(self._splitter.take_rest())
                     return
+                self._arm(None if self._splitter.idle else HEAD_TIMEOUT)
 
     def _begin(self, head: Head) -> None:
-        if (head.header("content-encoding") or "identity").lower() != "identity":
+        if any(coding.lower() != "identity" for coding in head.headers("content-encoding")):
             raise BadRequest(415, "compressed request bodies are not accepted")
+        if any(expectation.lower() != "100-continue" for expectation in head.headers("expect")):
+            raise BadRequest(417, "the only expectation met here is 100-continue")
         self._outstanding += 1
+        self._arriving = True
         self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
         self._arm(BODY_TIMEOUT)
 
@@ -174,6 +184,11 @@ class FrontProtocol(asyncio.Protocol):
         self._refused = True
         transport = self._transport
         if transport is None:
+            return
+        if self._arriving:  # a handler may be waiting for a body that will never be whole
+            if self._outstanding == 1:
+                transport.write(_error_response(status, message))
+            transport.close()
             return
         if self._outstanding:  # an answer is being written: this one would land in the middle of it
             self._inner.close()
@@ -224,7 +239,10 @@ async def front_middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Keep the front informed of which requests have their answers."""
-    front = front_of(request)
+    try:
+        front = front_of(request)
+    except ConnectionError:  # the client left before its turn came; nobody will read this
+        return web.Response()
     response = await handler(request)
     if front.request_done(failed=response.status >= 400):
         response.force_close()

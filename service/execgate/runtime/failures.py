@@ -15,7 +15,8 @@ LOG_LIMIT = 64 * 1024
 MESSAGE_LIMIT = 4096
 """Characters of a runtime's message that a client gets."""
 
-_CANNOT_EXECUTE = ("permission denied", "is a directory")
+# crun says "open executable: Operation not permitted" of a directory, where runc says "permission denied".
+_CANNOT_EXECUTE = ("permission denied", "is a directory", "open executable: operation not permitted")
 _NOT_FOUND = ("executable file not found", "no such file or directory", "not a directory")
 # C0 but tab and newline, DEL and C1: a runtime quotes names that a hostile container chose.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

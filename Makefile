@@ -1,0 +1,51 @@
+# One command per intention. Each does its own set-up, and does nothing twice.
+
+PYTHON ?= python3
+VENV := .venv
+MYPY := $(VENV)/bin/mypy --strict
+
+export PYTHONPATH := tests
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-stop test check bench lock clean host venv
+
+help:                 ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: host venv       ## a container, a running service, and one exec through each client
+	@$(VENV)/bin/python scripts/demo.py start
+
+demo-stop:            ## end what `make demo` started, and remove its files
+	@if [ -e .demo ]; then $(VENV)/bin/python scripts/demo.py stop; fi
+
+test: host check      ## check, then the whole suite: with and without uvloop, and on a second Python
+	@scripts/test
+
+check: venv           ## ruff and mypy --strict
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check .
+	@$(MYPY) --package execgate
+	@$(MYPY) --explicit-package-bases tests scripts
+
+bench: host venv      ## measure the service against the bare runtime and the engines of this machine
+	@$(VENV)/bin/python -m bench
+
+lock:                 ## write requirements/*.txt anew; UPGRADE=1 takes newer versions
+	@scripts/lock $(if $(UPGRADE),--upgrade)
+
+clean: demo-stop      ## remove what the other targets made
+	@rm -rf .venv .venv-* .make .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+host:
+	@scripts/setup-host
+
+venv: $(VENV)/.ready
+
+# What a bare machine lacks (python3-venv) comes before the first virtual environment.
+$(VENV)/.ready: requirements/dev.txt pyproject.toml scripts/make-venv | host
+	@scripts/make-venv $(PYTHON) $(VENV)
+
+.venv-%/.ready: requirements/dev.txt pyproject.toml scripts/make-venv
+	@scripts/make-venv $(VENV_PYTHON) $(@D)
