@@ -57,12 +57,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         level = logging.ERROR if status >= 500 else logging.DEBUG
         log.log(level, "%s %s: %d %s%s", request.method, request.path, status, error, _hint(error))
         return json_error(status, error.message)
-    except web.HTTPRequestEntityTooLarge:
-        return json_error(413, "the request body is too large")
-    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return json_error(404, "page not found")
     except web.HTTPException as error:
-        return json_error(error.status, error.reason.lower())
+        return _http_error(error)
     except ConnectionError:  # the client left; raised further it would be logged as a bug of ours
         return json_error(400, "the client is gone")
     except Exception:
@@ -72,3 +68,12 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
 
 def _hint(error: ExecgateError) -> str:
     return f" ({error.hint})" if error.hint else ""
+
+
+def _http_error(error: web.HTTPException) -> web.Response:
+    """Word aiohttp's own refusals as Docker would: to it, a wrong method is an unknown page."""
+    if error.status in (404, 405):
+        return json_error(404, "page not found")
+    if error.status == 413:
+        return json_error(413, "the request body is too large")
+    return json_error(error.status, error.reason.lower())

@@ -104,7 +104,7 @@ class FrontProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no instances of it
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
         self._arm(HEAD_TIMEOUT)
         self._inner.connection_made(transport)
 

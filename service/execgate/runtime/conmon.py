@@ -17,6 +17,10 @@ The order of things, and why (facts: conmon 2.1.6's `src/conmon.c`):
 Without a TTY conmon runs in *passthrough*: its stdin, stdout and stderr become the process's, and it lets go of
 them as soon as the runtime has them. The service reads the very pipe that the process writes.
 
+conmon also inherits the *read* ends of the output pipes and keeps them, unused, while the process lives (podman does
+the same with listening ports). So a pipe outlives the service: the process is not killed by SIGPIPE, it waits, and
+the next service opens the pipe anew through `/proc/CONMON/fd` (`adopt`). The runtimes do not pass them on.
+
 conmon is started with `--sync`, which forks once less: it is our child, its pid is known, and we reap it. If the
 service dies, it lives on as a child of init, and the exit file tells the code.
 
@@ -62,6 +66,9 @@ log = logging.getLogger(__name__)
 _CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MONITOR_GRACE = 5.0
 """Seconds that conmon gets to end after its process; it needs milliseconds."""
+
+_HELD = "held"
+"""The file that says which of conmon's descriptors are the output pipes, as {stream: number}."""
 
 _REAP_ATTEMPTS = 20
 _REAP_INTERVAL = 0.05
@@ -163,6 +170,9 @@ class ConmonRuntime:
             # else this process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
             moves = [(fd, target) for target, fd in enumerate(stdio)]
             moves += [(pipe.fileno(), pipe.fileno()) for pipe in (sync_write, start_read, attach_write)]
+            held = {o.stream: o.fileno() for o in streams.outputs if isinstance(o, PipeOutput)}
+            moves += [(fd, fd) for fd in held.values()]
+            (directory / _HELD).write_text(json.dumps(held), encoding="ascii")
             pid = os.posix_spawn(
                 self._conmon,
                 self._arguments(request, directory),
@@ -325,13 +335,13 @@ class ConmonExec:
 
 
 class AdoptedExec:
-    """A process that an earlier service started: its streams are lost, its end is not.
+    """A process that an earlier service started: its client is gone, its output and its end are not.
 
     The pid was written by conmon into a file, if the record has none: the service died during the start.
     """
 
     def __init__(self, directory: Path, process: ProcessIdentity | None, monitor: ProcessIdentity | None) -> None:
-        self.streams = ExecStreams()
+        self.streams = _reopen(directory, monitor)
         self.monitor = monitor
         self._directory = directory
         self._process = process or _pid_file_identity(directory)
@@ -358,6 +368,7 @@ class AdoptedExec:
 
     def leave(self) -> None:
         """Let go of it."""
+        self.streams.close()
         if self._pidfd is not None:
             self._pidfd.close()
 
@@ -489,6 +500,22 @@ def exit_file_status(directory: Path) -> ExitStatus | None:
             code = int(entry.read_text(encoding="ascii")[:8])
             return ExitStatus(code, ExitSource.EXIT_FILE) if code >= 0 else None
     return None
+
+
+def _reopen(directory: Path, monitor: ProcessIdentity | None) -> ExecStreams:
+    """Open the output pipes that a living conmon holds for us; none where it is gone or holds none."""
+    if monitor is None or pidfd.identify(monitor.pid) != monitor:
+        return ExecStreams()
+    outputs: list[Output] = []
+    try:
+        held = json.loads((directory / _HELD).read_text(encoding="ascii"))
+        for stream, number in held.items():
+            path = f"/proc/{monitor.pid}/fd/{int(number)}"
+            pipe = Descriptor(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            outputs.append(PipeOutput(pipe, int(stream)))
+    except (OSError, ValueError, AttributeError) as error:
+        log.warning("the output of %s cannot be taken back: %s", directory.name, error)
+    return ExecStreams(outputs=outputs)
 
 
 def _pid_file_identity(directory: Path) -> ProcessIdentity | None:

@@ -86,12 +86,12 @@ def buffered(fd: int) -> int:
 class PipeOutput:
     """The read end of a pipe that the process writes stdout or stderr to."""
 
-    __slots__ = ("_bulk", "_left", "_pipe", "_stream", "_waiter")
+    __slots__ = ("_bulk", "_left", "_pipe", "_waiter", "stream")
 
     def __init__(self, pipe: Descriptor, stream: int) -> None:
         os.set_blocking(pipe.fileno(), False)
         self._pipe = pipe
-        self._stream = stream
+        self.stream = stream
         self._waiter = ReadWaiter(pipe.fileno())
         self._left: int | None = None  # after a cut: what may still pass
         self._bulk = False
@@ -109,8 +109,12 @@ class PipeOutput:
             if len(data) >= _DEFAULT_PIPE_SIZE:
                 self._bulk = self._bulk or _grow(self._pipe)
                 await asyncio.sleep(0)  # a busy stream must not starve the others
-            return (self._stream, data) if data else None
+            return (self.stream, data) if data else None
         return None
+
+    def fileno(self) -> int:
+        """Return the pipe's descriptor."""
+        return self._pipe.fileno()
 
     def cut(self) -> None:
         """See `Output.cut`."""

@@ -245,7 +245,7 @@ class SessionManager:
     def recover(self) -> int:
         """Take back the sessions that ran when an earlier service ended; return how many.
 
-        Their streams are lost with that service; their exit codes are not.
+        Their clients are gone, and what they write is read and thrown away; their exit codes are kept.
         """
         adopted = [session for session in self._store.all() if session.running]
         for session in adopted:
