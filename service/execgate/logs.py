@@ -20,6 +20,10 @@ class TextFormatter(logging.Formatter):
         """See logging.Formatter: RFC 3339, UTC, milliseconds."""
         return timestamp(record)
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """See logging.Formatter: one line, or a client could forge others; tracebacks keep theirs."""
+        return super().formatMessage(record).replace("\n", "\\n")
+
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
         return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", super().format(record))

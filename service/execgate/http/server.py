@@ -14,6 +14,7 @@ from execgate.http.routes.containers import ContainerRoutes
 from execgate.http.routes.events import EventRoutes
 from execgate.http.routes.execs import ExecRoutes
 from execgate.http.routes.system import SystemRoutes
+from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
 
 MAX_BODY = 1024 * 1024
 """Bytes of a request body."""
@@ -75,6 +76,9 @@ class HttpServer:
             handler_cancellation=False,
             keepalive_timeout=KEEPALIVE,
             shutdown_timeout=_SHUTDOWN_TIMEOUT,
+            # The front has its own bounds and words; aiohttp's must not come first.
+            max_line_size=2 * MAX_REQUEST_LINE,
+            max_field_size=2 * MAX_HEAD,
         )
         self._servers: list[asyncio.Server] = []
 
