@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import aiohttp
 
@@ -68,6 +69,10 @@ class RawStream:
             return data
         return await asyncio.get_running_loop().sock_recv(self.connection, size)
 
+    def unread(self, data: bytes) -> None:
+        """Put back what `read` returned: it comes again, before what follows it."""
+        self._rest = data + self._rest
+
     async def pieces(self) -> AsyncIterator[tuple[int, bytes]]:
         """Yield (1 stdout or 2 stderr, bytes) up to the end; a raw stream is all stdout.
 
@@ -116,9 +121,9 @@ class RawStream:
 
 @dataclass(frozen=True, slots=True)
 class RawClient:
-    """The exec API of the service behind `socket`, one connection a request."""
+    """The exec API of the service that listens on `path`, one connection a request."""
 
-    socket: Path
+    path: Path
 
     async def call(self, method: str, path: str, body: object = None) -> Answer:
         """Make one request, with `body` as JSON unless it is None, and return its answer."""
@@ -169,19 +174,30 @@ class RawClient:
 
     async def ended(self, session_id: str) -> int:
         """Wait for the event of the exec's end, past or to come, and return its exit code."""
-        async with self._events("exec_die") as lines:
+        query = urlencode({"since": "1", "filters": json.dumps({"event": ["exec_die"]})})
+        async with self.events(query) as lines:
             async for line in lines:
                 attributes = json.loads(line)["Actor"]["Attributes"]
                 if attributes["execID"] == session_id:
                     return int(attributes["exitCode"])
         raise AssertionError(f"the event stream ended without the end of {session_id}")
 
+    @asynccontextmanager
+    async def events(self, query: str) -> AsyncIterator[aiohttp.StreamReader]:
+        """The event stream for an URL's `query`: to be read line by line, each a JSON object."""
+        connector = aiohttp.UnixConnector(path=str(self.path))
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            session.get(f"http://localhost/events?{query}", timeout=aiohttp.ClientTimeout()) as answer,
+        ):
+            yield answer.content
+
     async def connect(self) -> socket.socket:
         """Return a connection on which nothing has been sent."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.setblocking(False)
         try:
-            await asyncio.get_running_loop().sock_connect(connection, str(self.socket))
+            await asyncio.get_running_loop().sock_connect(connection, str(self.path))
         except BaseException:
             connection.close()
             raise
@@ -197,17 +213,6 @@ class RawClient:
         except BaseException:
             connection.close()
             raise
-
-    @asynccontextmanager
-    async def _events(self, event: str) -> AsyncIterator[aiohttp.StreamReader]:
-        """The event stream, what the service remembers included."""
-        query = {"since": "1", "filters": json.dumps({"event": [event]})}
-        connector = aiohttp.UnixConnector(path=str(self.socket))
-        async with (
-            aiohttp.ClientSession(connector=connector) as session,
-            session.get("http://localhost/events", params=query, timeout=aiohttp.ClientTimeout()) as answer,
-        ):
-            yield answer.content
 
 
 def request_bytes(method: str, path: str, body: object = None, *headers: str) -> bytes:

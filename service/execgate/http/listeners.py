@@ -56,15 +56,21 @@ def open_listener(address: Address, *, mode: int, group: str) -> socket.socket:
 
 
 def inherited_listeners() -> list[socket.socket]:
-    """Return the sockets that systemd passed (sd_listen_fds(3)), and take the variables out of the environment."""
+    """Return the sockets that systemd passed (sd_listen_fds(3)), and take the variables out of the environment.
+
+    Unavailable when what it passed are no sockets.
+    """
     count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
     os.environ.pop("LISTEN_FDNAMES", None)
-    if not count.isdigit() or pid != str(os.getpid()):
+    if not (count.isascii() and count.isdigit()) or pid != str(os.getpid()):
         return []
     sockets = []
     for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
-        os.set_inheritable(fd, False)
-        inherited = socket.socket(fileno=fd)
+        try:
+            os.set_inheritable(fd, False)
+            inherited = socket.socket(fileno=fd)
+        except OSError as error:
+            raise Unavailable(f"cannot listen on inherited descriptor {fd}: {error.strerror}") from error
         inherited.setblocking(False)
         sockets.append(inherited)
     return sockets

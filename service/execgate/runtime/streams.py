@@ -162,12 +162,13 @@ class PipeInput:
 class AttachOutput:
     """The output half of conmon's attach socket."""
 
-    __slots__ = ("_cut", "_socket", "_waiter")
+    __slots__ = ("_cut", "_reset", "_socket", "_waiter")
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._waiter = ReadWaiter(connection.fileno())
         self._cut = False
+        self._reset = False
 
     async def read(self) -> tuple[int, bytes] | None:
         """See `Output.read`."""
@@ -178,8 +179,11 @@ class AttachOutput:
                 if self._cut:
                     return None
                 await self._waiter.wait()
-            except ConnectionResetError:  # conmon closed with our input unread: as good an end as any
-                return None
+            except ConnectionResetError:
+                # conmon closed with our input unread. The kernel says so once, *before* what still waits to be read.
+                if self._reset:
+                    return None
+                self._reset = True
             else:
                 return attach.parse_packet(packet) if packet else None
 

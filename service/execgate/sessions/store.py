@@ -77,7 +77,7 @@ class SessionStore:
         """Return the session, or None."""
         with _translated(self._path):
             row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
-        return None if row is None else self._load(row[0])
+        return None if row is None else _load(self._path, row[0])
 
     def move(self, before: ExecSession, after: ExecSession) -> ExecSession:
         """Take the session from `before.state` to `after.state` and keep `after`.
@@ -108,7 +108,7 @@ class SessionStore:
         with _translated(self._path):
             rows = self._db.execute("SELECT record FROM session ORDER BY created_at").fetchall()
         for (record,) in rows:
-            yield self._load(record)
+            yield _load(self._path, record)
 
     def running_in(self, container_id: ContainerId) -> list[SessionId]:
         """Return the ids of the sessions that run in a container."""
@@ -139,12 +139,6 @@ class SessionStore:
         self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
         self._db.execute("INSERT INTO boot VALUES (?)", (boot_id,))
 
-    def _load(self, record: str) -> ExecSession:
-        try:
-            return _RECORD.validate_json(record)
-        except ValidationError as error:
-            raise Internal("the session's record cannot be read", hint=f"{self._path}: {error}") from error
-
 
 def read_sessions(path: Path) -> list[ExecSession]:
     """Return the sessions in a store without touching it, whether or not a service runs."""
@@ -156,7 +150,14 @@ def read_sessions(path: Path) -> list[ExecSession]:
             rows = connection.execute("SELECT record FROM session ORDER BY created_at").fetchall()
         finally:
             connection.close()
-    return [_RECORD.validate_json(record) for (record,) in rows]
+    return [_load(path, record) for (record,) in rows]
+
+
+def _load(path: Path, record: str) -> ExecSession:
+    try:
+        return _RECORD.validate_json(record)
+    except ValidationError as error:
+        raise Internal("the session's record cannot be read", hint=f"{path}: {error}") from error
 
 
 def _dump(session: ExecSession) -> str:

@@ -12,7 +12,7 @@ from execgate.containers.catalog import Catalog
 from execgate.containers.top import Top
 from execgate.http.filters import matches_label, parse_filters
 from execgate.model.container import Container, ContainerStatus
-from execgate.model.errors import InvalidArgument
+from execgate.model.errors import Internal, InvalidArgument, NotFound
 from execgate.sessions.manager import SessionManager
 
 _FILTERS = frozenset({"name", "id", "label", "status"})
@@ -104,7 +104,10 @@ class ContainerRoutes:
         }
 
     def _process(self, container: Container) -> Mapping[str, Any]:
-        process = self._spec(container).get("process")
+        try:
+            process = self._spec(container).get("process")
+        except (NotFound, Internal):  # one broken bundle must not hide all other containers from a list
+            return {}
         return process if isinstance(process, Mapping) else {}
 
     def _spec(self, container: Container) -> Mapping[str, Any]:

@@ -1,5 +1,6 @@
 """The four exec routes: create, start, resize, inspect."""
 
+import base64
 import re
 from typing import Any
 
@@ -16,8 +17,7 @@ from execgate.sessions.manager import AlreadyStarted, SessionManager
 from execgate.wire.detach_keys import parse_detach_keys
 
 _DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
-_DIGITS = re.compile(r"[0-9]+", re.ASCII)
-_UINT32_MAX = 2**32 - 1
+_NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
 _WINSIZE_MAX = 2**16 - 1
 
 
@@ -115,7 +115,7 @@ def inspection(session: ExecSession) -> dict[str, Any]:
         "OpenStdout": config.attach_stdout,
         "CanRemove": session.exit is not None,
         "ContainerID": session.container.container_id,
-        "DetachKeys": config.detach_keys.decode("latin-1"),
+        "DetachKeys": base64.b64encode(config.detach_keys).decode("ascii"),  # as Go encodes its []byte
         "Pid": session.process.pid if session.process and session.running else 0,
     }
 
@@ -154,9 +154,9 @@ class _AlreadyAnswered(web.StreamResponse):
 def _dimension(request: web.Request, key: str, name: str) -> int:
     """Parse a uint32 as Go does, and bound it to what a terminal can have (16 bits)."""
     text = request.query.get(key, "")
-    if not _DIGITS.fullmatch(text):
+    if not _NUMBER.fullmatch(text):
         raise InvalidArgument(f'invalid resize {name} "{text[:64]}": invalid syntax')
     value = int(text[:20])
-    if len(text) > 20 or value > _WINSIZE_MAX:
+    if text.startswith("-") or len(text) > 20 or value > _WINSIZE_MAX:
         raise InvalidArgument(f'invalid resize {name} "{text[:64]}": value out of range')
     return value

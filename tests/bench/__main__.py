@@ -1,0 +1,93 @@
+"""`make bench`: execgate, the bare runtime and the engines of this machine, measured in turns."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import machine
+from bench.arena import NAMES, RUNTIMES, Arena, open_arena
+from bench.measures import BLOCK, Turns
+from bench.results import Results
+
+MEASURES = ("memory", "latency", "rate", "throughput")
+"""In this order: memory is that of a service which has not been under load yet."""
+
+PARALLEL = (1, 8, 32)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; return the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.quick:
+        options.rounds, options.latency_rounds, options.seconds = 1, 5, 0.5
+        options.megabytes, options.sessions = 64, 5
+    if os.geteuid() != 0:
+        print("bench: containers of runc and crun need root: run 'sudo make bench'", file=sys.stderr)
+        return 1
+    begin = time.monotonic()
+    with open_arena(options.contestant or NAMES, options.runtime or list(RUNTIMES), _say) as arena:
+        results = measure(arena, options)
+        results.machine = {**results.machine, "load after": machine.load()}
+        # Before everything is ended: what goes wrong with that must not cost the figures.
+        print(results.report(), flush=True)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+    _say(f"took {time.monotonic() - begin:.0f} s; every sample is in {options.json}")
+    return 1 if results.failures or not arena.contestants else 0
+
+
+def measure(arena: Arena, options: argparse.Namespace) -> Results:
+    """Take every measure that is asked for of all contestants."""
+    turns = Turns(_say)
+    measures = options.only or MEASURES
+    results = Results(machine.describe(), machine.versions(), _plain(options), arena.absent, turns.failures)
+    if "memory" in measures:
+        results.memory = turns.memory(arena.served, options.sessions)
+    if "latency" in measures:
+        results.latency, results.latency_cpu = turns.latency(arena.contestants, options.latency_rounds)
+    if "rate" in measures:
+        results.rate = {
+            parallel: turns.rate(arena.contestants, options.rounds, parallel=parallel, seconds=options.seconds)
+            for parallel in PARALLEL
+        }
+    if "throughput" in measures:
+        results.stdout, results.stdin = turns.throughput(arena.served, options.rounds, options.megabytes * BLOCK)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round of little: shows that all works, not figures")
+    parser.add_argument("--only", action="append", choices=MEASURES, help="take only this measure (repeatable)")
+    parser.add_argument("--contestant", action="append", choices=NAMES, help="measure only this one (repeatable)")
+    parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="use only this runtime (repeatable)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="rounds of rate and throughput (%(default)s)")
+    parser.add_argument("--latency-rounds", type=_positive, default=100, help="rounds of latency (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="length of one turn of rate (%(default)s)")
+    parser.add_argument("--megabytes", type=_positive, default=256, help="MiB in one turn of throughput (%(default)s)")
+    parser.add_argument("--sessions", type=_positive, default=50, help="idle sessions (%(default)s)")
+    parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="where samples go (%(default)s)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _plain(options: argparse.Namespace) -> dict[str, object]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

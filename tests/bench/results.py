@@ -1,0 +1,164 @@
+"""From samples to what is reported: tables, verdicts, JSON. Pure."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bench.contestants import CONMON_ALONE, DOCKERD, EXECGATE, PODMAN, RUNTIME_ALONE
+from bench.measures import Flow, IdleMemory
+from bench.stats import Samples, median, paired_difference, paired_ratio, percentile
+from bench.tables import number, ratio, table
+
+TARGET_OWN_COST = 0.010
+"""Seconds that the service may add to the bare runtime's time for one exec."""
+
+_KIB = 1024
+
+
+@dataclass(slots=True)
+class Results:
+    """Everything that one run found out. Samples are by label, `NAME (RUNTIME)`, one for each round."""
+
+    machine: Mapping[str, str]
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+    absent: Mapping[str, str]
+    failures: Mapping[str, str] = field(default_factory=dict)
+    latency: Mapping[str, Samples] = field(default_factory=dict)
+    latency_cpu: Mapping[str, float] = field(default_factory=dict)
+    rate: Mapping[int, Mapping[str, Samples]] = field(default_factory=dict)
+    stdout: Mapping[str, Sequence[Flow | None]] = field(default_factory=dict)
+    stdin: Mapping[str, Sequence[Flow | None]] = field(default_factory=dict)
+    memory: Mapping[str, Sequence[IdleMemory | None]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all samples, and the figures drawn from them, as plain data."""
+        return asdict(self) | {"verdicts": self.verdicts()}
+
+    def report(self) -> str:
+        """Return the whole report as Markdown."""
+        parts = [
+            _listing("Machine", self.machine),
+            _listing("Versions", self.versions),
+            _listing("Not measured", self.absent),
+            _listing("Failed", self.failures),
+            _section("Latency of one exec, ms", self._latency_table()),
+            _section("Execs per second, and ratio to the runtime alone", self._rate_table()),
+            _section("Throughput of one stream, and ratio to execgate", self._flow_table()),
+            _section("Memory, KiB PSS (RSS)", self._memory_table()),
+            _section("Targets", "\n".join(f"- {verdict}" for verdict in self.verdicts())),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+    def verdicts(self) -> list[str]:
+        """Say of each target whether it is reached."""
+        return [*self._cost_verdicts(), *self._rate_verdicts()]
+
+    def _cost_verdicts(self) -> list[str]:
+        said = []
+        for name in _labels(self.latency, EXECGATE):
+            cost = paired_difference(self.latency[name], self.latency.get(_peer(name, RUNTIME_ALONE), ()))
+            if cost is not None:
+                said.append(
+                    f"{name}: own cost {_ms(cost)} ms an exec, target below {_ms(TARGET_OWN_COST)}: "
+                    f"{_reached(cost < TARGET_OWN_COST)}"
+                )
+        return said
+
+    def _rate_verdicts(self) -> list[str]:
+        said = []
+        for parallel, samples in self.rate.items():
+            for name in _labels(samples, EXECGATE):
+                for engine in (DOCKERD, PODMAN):
+                    factor = paired_ratio(samples[name], samples.get(_peer(name, engine), ()))
+                    if factor is not None:
+                        said.append(
+                            f"{name}, {parallel} parallel: {ratio(factor)} the execs/s of {engine}, "
+                            f"target more than 1: {_reached(factor > 1)}"
+                        )
+        return said
+
+    def _latency_table(self) -> str:
+        rows = []
+        for name, samples in self.latency.items():
+            bare = self.latency.get(_peer(name, RUNTIME_ALONE), ())
+            conmon = self.latency.get(_peer(name, CONMON_ALONE), ())
+            rows.append(
+                [
+                    name,
+                    _ms(median(samples)),
+                    _ms(percentile(samples, 0.9)),
+                    ratio(paired_ratio(samples, bare)),
+                    _ms(paired_difference(samples, bare)),
+                    _ms(paired_difference(samples, conmon)),
+                    _ms(self.latency_cpu.get(name)),
+                ]
+            )
+        header = ["", "median", "p90", "ratio to runtime", "less runtime", "less conmon + runtime", "service CPU"]
+        return table(header, rows) if rows else ""
+
+    def _rate_table(self) -> str:
+        names = list(dict.fromkeys(name for samples in self.rate.values() for name in samples))
+        rows = [[name, *(self._rate_cell(parallel, name) for parallel in self.rate)] for name in names]
+        return table(["", *(f"{parallel} parallel" for parallel in self.rate)], rows) if rows else ""
+
+    def _rate_cell(self, parallel: int, name: str) -> str:
+        samples = self.rate[parallel].get(name, ())
+        bare = self.rate[parallel].get(_peer(name, RUNTIME_ALONE), ())
+        return f"{number(median(samples))} ({ratio(paired_ratio(samples, bare))})"
+
+    def _flow_table(self) -> str:
+        header = ["", "stdout MB/s", "CPU-s/GB", "stdin MB/s", "CPU-s/GB"]
+        rows = [
+            [name, *_flow_cells(self.stdout, name), *_flow_cells(self.stdin, name)]
+            for name in dict.fromkeys([*self.stdout, *self.stdin])
+        ]
+        return table(header, rows) if rows else ""
+
+    def _memory_table(self) -> str:
+        header = ["", "service, idle", "a session: service", "a session: monitors", "a session: all"]
+        rows = []
+        for name, found in self.memory.items():
+            for figures in found:
+                if figures is not None:
+                    shares = (figures.base, figures.service, figures.monitors, figures.service + figures.monitors)
+                    rows.append([name, *(f"{share.pss // _KIB} ({share.rss // _KIB})" for share in shares)])
+        return table(header, rows) if rows else ""
+
+
+def _flow_cells(flows: Mapping[str, Sequence[Flow | None]], name: str) -> tuple[str, str]:
+    own, reference = _speeds(flows.get(name, ())), _speeds(flows.get(_peer(name, EXECGATE), ()))
+    cpu = [flow.cpu_seconds_per_gigabyte for flow in flows.get(name, ()) if flow is not None]
+    return f"{number(median(own), 0)} ({ratio(paired_ratio(own, reference))})", number(
+        statistics.median(cpu) if cpu else None, 2
+    )
+
+
+def _speeds(flows: Sequence[Flow | None]) -> list[float | None]:
+    return [flow.megabytes_per_second if flow is not None else None for flow in flows]
+
+
+def _labels(samples: Mapping[str, Any], name: str) -> list[str]:
+    return [label for label in samples if label.startswith(f"{name} (")]
+
+
+def _peer(label: str, name: str) -> str:
+    """Return the label of the contestant `name` under the same runtime."""
+    return f"{name} ({label.rpartition('(')[2]}"
+
+
+def _ms(seconds: float | None) -> str:
+    return number(None if seconds is None else seconds * 1000)
+
+
+def _reached(reached: bool) -> str:
+    return "reached" if reached else "NOT reached"
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _listing(title: str, items: Mapping[str, str]) -> str:
+    return _section(title, "\n".join(f"- {name}: {value}" for name, value in items.items()))

@@ -1,0 +1,260 @@
+"""Each operation, each status that its documentation names, from a real service with real containers.
+
+The table says how to provoke what. Its counterpart in the document is compared with it, so that no status can be
+documented without being seen, and none is seen without being documented.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from contract.api import NO_SUCH_ID, Api
+from contract.document import ROUTE_HEADERS, Document, Operation
+from execgate.http.front import HEAD_TIMEOUT
+from execgate.http.server import MAX_BODY
+from support.raw_http import RawConnection, Response, encode_request
+from support.runtimes import RuntimeHost, TestContainer
+from support.service import Service
+
+OPERATIONS = {str(operation): operation for operation in Document.load().operations}
+
+REFUSALS: dict[int, dict[str, str]] = {
+    413: {"Content-Length": str(MAX_BODY + 1)},
+    415: {"Content-Encoding": "gzip"},
+    417: {"Expect": "200-maybe"},
+    431: {"X-Large": "x" * 40_000},
+    501: {"Transfer-Encoding": "gzip"},
+    414: {},
+    505: {},
+}
+"""What the connection's front refuses, and the header that provokes it."""
+
+NOT_PROVOKED = {503: "the host would have to run out of something"}
+NO_500 = frozenset(OPERATIONS) - {
+    "POST /exec/{id}/start",
+    "GET /containers/{name}/json",
+    "POST /containers/{name}/exec",
+}
+"""Operations in which only a bug of ours gives a 500."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a provocation can use."""
+
+    api: Api
+    running: TestContainer
+    stopped: TestContainer
+    new_container: Callable[..., TestContainer]
+
+    def create(self, *args: str) -> str:
+        return self.api.create(self.running.id, *(args or ("true",)), AttachStdout=True)
+
+    def start(self, session_id: str, *, upgrade: bool = True, **fields: Any) -> Response:
+        with self.api.attach(session_id, upgrade=upgrade, **fields) as stream:
+            stream.read_raw()
+        return stream.head
+
+    def corrupt(self) -> "contextlib.AbstractContextManager[TestContainer]":
+        return corrupt_spec(self.new_container())
+
+
+Provocation = Callable[[Scene], Response]
+
+
+def _get(target: str) -> Provocation:
+    return lambda scene: scene.api.call("GET", target.format(scene=scene, none=NO_SUCH_ID))
+
+
+def _post(target: str, body: object = None) -> Provocation:
+    return lambda scene: scene.api.call("POST", target.format(scene=scene, none=NO_SUCH_ID), body)
+
+
+def _start_twice(scene: Scene) -> Response:
+    session_id = scene.create()
+    scene.start(session_id)
+    return scene.api.start_detached(session_id)
+
+
+def _resize_ended(scene: Scene) -> Response:
+    session_id = scene.create()
+    scene.start(session_id)
+    return scene.api.call("POST", f"/exec/{session_id}/resize?h=1&w=1")
+
+
+def _inspect_corrupt(scene: Scene) -> Response:
+    with scene.corrupt() as container:
+        return scene.api.call("GET", f"/containers/{container.id}/json")
+
+
+def _create_in_corrupt(scene: Scene) -> Response:
+    with scene.corrupt() as container:
+        return scene.api.call("POST", f"/containers/{container.id}/exec", {"Cmd": ["true"]})
+
+
+def _start_a_loop(scene: Scene) -> Response:
+    loop = scene.running.rootfs / "loop"
+    if not loop.is_symlink():
+        loop.symlink_to("loop")
+    return scene.api.start_detached(scene.create("/loop"))
+
+
+PROVOCATIONS: dict[tuple[str, int], Provocation] = {
+    ("GET /_ping", 200): _get("/_ping"),
+    ("HEAD /_ping", 200): lambda scene: scene.api.call("HEAD", "/_ping"),
+    ("GET /version", 200): _get("/version"),
+    ("GET /info", 200): _get("/info"),
+    ("GET /events", 200): _get("/events?until=1"),
+    ("GET /containers/json", 200): _get("/containers/json?all=1"),
+    ("GET /containers/{name}/json", 200): _get("/containers/{scene.running.id}/json"),
+    ("GET /containers/{name}/json", 404): _get("/containers/none-such/json"),
+    ("GET /containers/{name}/json", 500): _inspect_corrupt,
+    ("GET /containers/{name}/top", 200): _get("/containers/{scene.running.id}/top"),
+    ("GET /containers/{name}/top", 404): _get("/containers/none-such/top"),
+    ("GET /containers/{name}/top", 409): _get("/containers/{scene.stopped.id}/top"),
+    ("POST /containers/{name}/exec", 201): _post("/containers/{scene.running.id}/exec", {"Cmd": ["true"]}),
+    ("POST /containers/{name}/exec", 404): _post("/containers/none-such/exec", {"Cmd": ["true"]}),
+    ("POST /containers/{name}/exec", 409): _post("/containers/{scene.stopped.id}/exec", {"Cmd": ["true"]}),
+    ("POST /containers/{name}/exec", 500): _create_in_corrupt,
+    ("POST /exec/{id}/start", 101): lambda scene: scene.start(scene.create()),
+    ("POST /exec/{id}/start", 200): lambda scene: scene.start(scene.create(), upgrade=False),
+    ("POST /exec/{id}/start", 404): _post("/exec/{none}/start", {}),
+    ("POST /exec/{id}/start", 409): _start_twice,
+    ("POST /exec/{id}/start", 500): _start_a_loop,
+    ("POST /exec/{id}/resize", 200): lambda scene: scene.api.call("POST", f"/exec/{scene.create()}/resize?h=40&w=120"),
+    ("POST /exec/{id}/resize", 404): _post("/exec/{none}/resize?h=1&w=1"),
+    ("POST /exec/{id}/resize", 409): _resize_ended,
+    ("GET /exec/{id}/json", 200): lambda scene: scene.api.call("GET", f"/exec/{scene.create()}/json"),
+    ("GET /exec/{id}/json", 404): _get("/exec/{none}/json"),
+}
+
+
+@pytest.fixture
+def scene(
+    api: Api,
+    runtime_host: RuntimeHost,
+    stopped_container: TestContainer,
+    new_container: Callable[..., TestContainer],
+    request: pytest.FixtureRequest,
+) -> Scene:
+    running = request.getfixturevalue(f"{runtime_host.name}_container")
+    return Scene(api, running, stopped_container, new_container)
+
+
+@pytest.mark.parametrize(("operation", "status"), PROVOCATIONS)
+def test_an_answer_is_as_documented(operation: str, status: int, scene: Scene) -> None:
+    assert PROVOCATIONS[operation, status](scene).status == status
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_version_outside_the_range_is_as_documented(operation: str, api: Api) -> None:
+    method = operation.partition(" ")[0]
+    response = api.call(method, "/v1.1" + _target(OPERATIONS[operation]))
+    assert response.status == 400
+    if method != "HEAD":
+        assert response.message.startswith("client version 1.1 is too old.")
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_refusal_is_as_documented(operation: str, status: int, api: Api) -> None:
+    with RawConnection(api.socket) as connection:
+        connection.send(_refused(OPERATIONS[operation], status))
+        response = connection.read_response()
+        assert connection.read_to_end() == b"", "a refused connection is closed"
+    _check_refusal(OPERATIONS[operation], response, api)
+    assert response.status == status
+
+
+def test_slow_requests_are_refused_as_documented(api: Api) -> None:
+    """Each operation at once, because each waits for the head's whole time."""
+    assert HEAD_TIMEOUT <= 10
+    with contextlib.ExitStack() as stack:
+        waiting = [(operation, stack.enter_context(RawConnection(api.socket))) for operation in OPERATIONS.values()]
+        for operation, connection in waiting:
+            request = encode_request(operation.method.upper(), _target(operation))
+            connection.send(request.removesuffix(b"\r\n"))
+        for operation, connection in waiting:
+            response = connection.read_response()
+            assert response.status == 408, operation
+            _check_refusal(operation, response, api)
+
+
+def test_the_cap_on_sessions_is_as_documented(
+    new_service: Callable[..., Service], runc_container: TestContainer, document: Document
+) -> None:
+    api = Api(new_service(env={"EXECGATE_MAX_SESSIONS": "1"}).socket, document)
+    api.create(runc_container.id, "true")
+    response = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"]})
+    assert response.status == 429
+    assert response.message == "1 exec sessions are known already; try again later"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_documented_status_is_provoked(operation: str) -> None:
+    provoked = {status for name, status in PROVOCATIONS if name == operation} | {400, 408} | REFUSALS.keys()
+    excused = NOT_PROVOKED.keys() | ({500} if operation in NO_500 else set())
+    if operation == "POST /containers/{name}/exec":
+        provoked.add(429)
+    assert OPERATIONS[operation].statuses - excused == provoked
+
+
+REQUESTS = [
+    (operation.path, name, example["value"])
+    for operation in OPERATIONS.values()
+    for media in operation.definition.get("requestBody", {}).get("content", {}).values()
+    for name, example in media["examples"].items()
+]
+
+
+@pytest.mark.parametrize(("path", "name", "body"), REQUESTS, ids=[f"{path} {name}" for path, name, _ in REQUESTS])
+def test_an_example_of_a_request_is_accepted(
+    path: str, name: str, body: dict[str, Any], api: Api, container: TestContainer
+) -> None:
+    """What people copy from the document works."""
+    if path.endswith("/exec"):
+        assert api.call("POST", f"/containers/{container.id}/exec", body).status == 201
+    elif body.get("Detach"):
+        assert api.call("POST", f"/exec/{api.create(container.id, 'true')}/start", body).status == 200
+    else:
+        with api.attach(api.create(container.id, "true", Tty=body["Tty"], AttachStdout=True), **body) as stream:
+            assert stream.head.status == 101
+            stream.read_raw()
+
+
+@contextlib.contextmanager
+def corrupt_spec(container: TestContainer) -> Iterator[TestContainer]:
+    """Make a container's configuration unreadable for a while: crun's own copy, for it is read first."""
+    copy = container.host.root / container.id / "config.json"
+    path = copy if copy.exists() else container.bundle / "config.json"
+    good = path.read_text()
+    assert json.loads(good)
+    path.write_text("{")
+    try:
+        yield container
+    finally:
+        path.write_text(good)
+
+
+def _target(operation: Operation) -> str:
+    return operation.path.format(name="none-such", id=NO_SUCH_ID)
+
+
+def _refused(operation: Operation, status: int) -> bytes:
+    target = _target(operation) + ("?" + "x" * 9000 if status == 414 else "")
+    request = encode_request(operation.method.upper(), target, headers=REFUSALS[status])
+    return request.replace(b" HTTP/1.1\r\n", b" HTTP/2.0\r\n", 1) if status == 505 else request
+
+
+def _check_refusal(operation: Operation, response: Response, api: Api) -> None:
+    """The answer to a HEAD has a body here: a client that cannot be understood asked for it."""
+    assert not response.headers.keys() & set(ROUTE_HEADERS), response
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["connection"] == "close"
+    assert response.message
+    if operation.method != "head":
+        api.document.check(operation, response)

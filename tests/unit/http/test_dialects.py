@@ -1,0 +1,62 @@
+"""API versions, and the head that ends HTTP on a connection."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from execgate.http.dialects import DOCKER, dotted, parse_version, upgrade_head
+from execgate.model.errors import InvalidArgument
+
+
+def request(version: str | None) -> Any:
+    return SimpleNamespace(match_info={} if version is None else {"version": version})
+
+
+@pytest.mark.parametrize("text", ["1.24", "1.41", "1.51"])
+def test_versions_that_are_spoken(text: str) -> None:
+    assert dotted(DOCKER.version_of(request(text))) == text
+
+
+def test_without_a_version_it_is_the_newest() -> None:
+    assert DOCKER.version_of(request(None)) == DOCKER.maximum
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("1.23", "too old"), ("0.1", "too old"), ("1.52", "too new"), ("9999.9999", "too new"), ("2.0", "too new")],
+)
+def test_versions_out_of_range(text: str, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        DOCKER.version_of(request(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1.", ".1", "1.2.3", "1.99999", "\u0661.\u0662", "1.4\n", "v1.4", "9" * 5000 + ".1"]
+)
+def test_what_is_no_version(text: str) -> None:
+    with pytest.raises(InvalidArgument) as failure:
+        parse_version(text)
+    assert len(failure.value.message) < 100
+
+
+@pytest.mark.parametrize(
+    ("version", "upgrade", "multiplexed", "first", "kind"),
+    [
+        ((1, 42), True, True, "HTTP/1.1 101 UPGRADED", "multiplexed"),
+        ((1, 42), True, False, "HTTP/1.1 101 UPGRADED", "raw"),
+        ((1, 41), True, True, "HTTP/1.1 101 UPGRADED", "raw"),
+        ((1, 51), False, True, "HTTP/1.1 200 OK", "raw"),
+    ],
+)
+def test_the_head(version: tuple[int, int], upgrade: bool, multiplexed: bool, first: str, kind: str) -> None:
+    head = upgrade_head(DOCKER, version, upgrade=upgrade, multiplexed=multiplexed)
+    assert head.endswith(b"\r\n\r\n")
+    assert head.count(b"\r\n\r\n") == 1
+    status, *lines = head.decode().rstrip("\r\n").split("\r\n")
+    fields = dict(line.split(": ", 1) for line in lines)
+    assert status == first
+    assert fields["Content-Type"] == f"application/vnd.docker.{kind}-stream"
+    assert (fields.get("Connection"), fields.get("Upgrade")) == (("Upgrade", "tcp") if upgrade else (None, None))
+    assert fields["Api-Version"] == "1.51"
+    assert "Content-Length" not in fields

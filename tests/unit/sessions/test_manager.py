@@ -1,0 +1,577 @@
+"""The manager: the order that everything rests on, told by fakes that write down what happens when."""
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from execgate.model.config import ConsoleSize, ExecConfig
+from execgate.model.container import Container, ContainerBinding, ContainerStatus, OciRuntime
+from execgate.model.errors import Conflict, Exhausted, NotFound, StartFailed, Unavailable
+from execgate.model.ids import ContainerId
+from execgate.model.process import ProcessIdentity
+from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
+from execgate.runtime.conmon import ExecRequest
+from execgate.runtime.streams import ExecStreams
+from execgate.sessions.events import EventBus
+from execgate.sessions.manager import AlreadyStarted, Limits, SessionManager
+from execgate.sessions.store import SessionStore
+
+INIT = ProcessIdentity(4_000_000, 1)
+PROCESS = ProcessIdentity(4_000_001, 2)
+SIZE = ConsoleSize(height=40, width=120)
+SOON = 2.0
+
+
+class FakeContainers:
+    """One container, `c1`, whose state the test sets."""
+
+    def __init__(self) -> None:
+        runtime = OciRuntime("runc", Path("/bin/runc"), Path("/run/runc"))
+        self.container: Container | None = Container(
+            id=ContainerId("c1"), name="name", runtime=runtime, bundle=Path("/b"), status=ContainerStatus.RUNNING,
+            created=0.0, init=INIT,
+        )  # fmt: skip
+
+    def set(self, **changes: Any) -> None:
+        assert self.container is not None
+        self.container = replace(self.container, **changes)
+
+    def find(self, ref: str) -> Container:
+        if self.container is None or ref not in ("c1", "name"):
+            raise NotFound(f"No such container: {ref}")
+        return self.container
+
+    def get(self, container_id: ContainerId) -> Container | None:
+        return self.container
+
+    def spec(self, container: Container) -> Mapping[str, Any]:
+        return {"process": {"args": ["init"], "env": [], "cwd": "/", "user": {"uid": 0, "gid": 0}}}
+
+    def binding(self, container: Container) -> ContainerBinding:
+        assert container.init is not None
+        return ContainerBinding(container.id, container.name, container.init, "boot")
+
+
+class FakeExecution:
+    """A process that starts and ends when the test says so."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.streams = ExecStreams()
+        self.monitor: ProcessIdentity | None = ProcessIdentity(4_000_002, 3)
+        self.started: asyncio.Future[ProcessIdentity] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
+        self.sizes: list[ConsoleSize] = []
+        self._said = said
+
+    async def start(self) -> ProcessIdentity:
+        self._said.append("start")
+        return await asyncio.shield(self.started)
+
+    async def wait(self) -> ExitStatus:
+        return await asyncio.shield(self.ended)
+
+    def resize(self, size: ConsoleSize) -> None:
+        self.sizes.append(size)
+
+    async def dispose(self) -> None:
+        self._said.append("dispose")
+
+    async def abort(self) -> None:
+        self._said.append("abort")
+
+    def leave(self) -> None:
+        self._said.append("leave")
+
+    def end(self, code: int = 0) -> None:
+        self.ended.set_result(ExitStatus(code, ExitSource.SYNC_PIPE))
+
+
+class FakeRuntime:
+    """Hands out fake executions; `before` is called with each request, and may raise."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+        self.requests: list[ExecRequest] = []
+        self.executions: list[FakeExecution] = []
+        self.before: Callable[[ExecRequest], None] = lambda _: None
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def prepare(self, request: ExecRequest) -> FakeExecution:
+        self.said.append("prepare")
+        self.requests.append(request)
+        self.before(request)
+        await self.gate.wait()
+        self.executions.append(FakeExecution(self.said))
+        return self.executions[-1]
+
+    def adopt(self, session: ExecSession) -> FakeExecution:
+        self.said.append("adopt")
+        self.executions.append(FakeExecution(self.said))
+        return self.executions[-1]
+
+
+class FakeClient:
+    """An attached client that says nothing."""
+
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+        self._closed = asyncio.Event()
+        self.messages: list[str] = []
+
+    async def send(self, stream: int, data: bytes) -> None:
+        self._said.append("send")
+
+    async def receive(self) -> bytes:
+        await self._closed.wait()
+        return b""
+
+    async def finish(self, message: str = "") -> None:
+        if not self._closed.is_set():
+            self._said.append("finish")
+            self.messages.append(message)
+            self._closed.set()
+
+    def abandon(self) -> None:
+        self._said.append("abandon")
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
+
+
+class RecordingStore(SessionStore):
+    """Writes down every step of a session, and can be told to fail."""
+
+    said: list[str]
+    full = False
+
+    def move(self, before: ExecSession, after: ExecSession) -> ExecSession:
+        if self.full:
+            raise Unavailable("the session store is not available", hint="database or disk is full")
+        moved = super().move(before, after)
+        self.said.append(after.state.value)
+        return moved
+
+
+@dataclass
+class World:
+    """A manager and all that it talks to. `said` is what happened, in order."""
+
+    said: list[str]
+    store: RecordingStore
+    containers: FakeContainers
+    runtime: FakeRuntime
+    events: EventBus
+    manager: SessionManager
+    clients: list[FakeClient] = field(default_factory=list)
+
+    async def take_over(self) -> FakeClient:
+        self.said.append("head")
+        self.clients.append(FakeClient(self.said))
+        return self.clients[-1]
+
+    async def create(self, **config: Any) -> ExecSession:
+        return await self.manager.create("c1", ExecConfig(args=("true",), **config))
+
+    def state(self, session: ExecSession) -> SessionState:
+        return self.manager.inspect(session.id).state
+
+    async def wait_for(self, word: str) -> None:
+        async with asyncio.timeout(SOON):
+            while word not in self.said:
+                await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> Any:
+    world = make_world(tmp_path)
+    yield world
+    await world.manager.close()
+    world.store.close()
+
+
+def make_world(path: Path, **limits: Any) -> World:
+    said: list[str] = []
+    store = RecordingStore(path / "sessions.db", boot_id="boot")
+    store.said = said
+    containers, runtime, events = FakeContainers(), FakeRuntime(said), EventBus()
+    manager = SessionManager(
+        containers=containers,
+        runtime=runtime,
+        store=store,
+        events=events,
+        read_accounts=lambda _pid: (b"root:x:0:0::/root:/bin/sh\n", b"root:x:0:\n"),
+        all_capabilities=(),
+        limits=Limits(**{"drain": 0.0, **limits}),
+    )
+    return World(said, store, containers, runtime, events, manager)
+
+
+@contextlib.contextmanager
+def no_loop_errors() -> Iterator[None]:
+    """Fail when a task's exception was never retrieved."""
+    loop = asyncio.get_running_loop()
+    seen: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: seen.append(context))
+    yield
+    gc.collect()
+    loop.set_exception_handler(None)
+    assert not seen, seen
+
+
+async def test_the_order_of_an_attached_session(world: World) -> None:
+    session = await world.create(attach_stdout=True)
+    task = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await world.wait_for("start")
+    assert world.state(session) is SessionState.STARTING
+    assert world.manager.inspect(session.id).running
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await world.wait_for("running")
+    assert world.manager.inspect(session.id).process == PROCESS
+    world.runtime.executions[0].end(7)
+    await asyncio.wait_for(task, SOON)
+    await world.wait_for("dispose")
+    assert world.said == ["starting", "prepare", "head", "start", "running", "stopped", "finish", "dispose"]
+    ended = world.manager.inspect(session.id)
+    assert ended.exit == ExitStatus(7, ExitSource.SYNC_PIPE)
+    assert world.manager.live == 0
+
+
+async def test_the_order_of_a_detached_session(world: World) -> None:
+    session = await world.create(attach_stdout=True)
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    assert not task.done(), "it is answered once the pid is known"
+    world.runtime.executions[0].started.set_result(PROCESS)
+    assert (await asyncio.wait_for(task, SOON)).process == PROCESS
+    assert not world.runtime.requests[0].attached
+    world.runtime.executions[0].end(1)
+    await world.wait_for("dispose")
+    assert world.said == ["starting", "prepare", "start", "running", "stopped", "dispose"]
+
+
+async def test_the_events_tell_the_same_story(world: World) -> None:
+    session = await world.create(env=("SECRET=hunter2",))
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    world.runtime.executions[0].end(9)
+    await world.wait_for("dispose")
+    events = world.events.past(0)
+    assert [event.action for event in events] == ["exec_create: true", "exec_start: true", "exec_die"]
+    assert events[2].attributes["exitCode"] == "9"
+    assert all(event.attributes["execID"] == session.id for event in events)
+    assert "hunter2" not in repr(events)
+
+
+@pytest.mark.parametrize("way", ["detached", "attached"])
+async def test_of_many_starts_one_wins(world: World, way: str) -> None:
+    session = await world.create()
+    world.runtime.gate.clear()
+
+    async def start() -> str:
+        try:
+            if way == "detached":
+                await world.manager.start_detached(session.id)
+            else:
+                await world.manager.start_attached(session.id, None, world.take_over)
+        except AlreadyStarted:
+            return "lost"
+        return "won"
+
+    tasks = [asyncio.create_task(start()) for _ in range(10)]
+    await world.wait_for("prepare")
+    world.runtime.gate.set()
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    world.runtime.executions[0].end()
+    results = await asyncio.wait_for(asyncio.gather(*tasks), SOON)
+    assert sorted(results) == ["lost"] * 9 + ["won"]
+    assert world.said.count("prepare") == 1
+
+
+async def test_started_twice(world: World) -> None:
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    with pytest.raises(AlreadyStarted, match="is already running"):
+        await world.manager.start_detached(session.id)
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    world.runtime.executions[0].end()
+    await world.wait_for("dispose")
+    with pytest.raises(AlreadyStarted, match="has already run"):
+        await world.manager.start_attached(session.id, None, world.take_over)
+    assert "head" not in world.said
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("gone"), asyncio.CancelledError()], ids=["gone", "cancelled"])
+async def test_a_take_over_that_fails_undoes_the_start(world: World, error: BaseException) -> None:
+    session = await world.create()
+
+    async def take_over() -> FakeClient:
+        raise error
+
+    with pytest.raises(type(error)):
+        await world.manager.start_attached(session.id, None, take_over)
+    assert world.said == ["starting", "prepare", "abort", "stopped"]
+    ended = world.manager.inspect(session.id)
+    assert ended.exit == ExitStatus(128, ExitSource.START_FAILURE)
+    assert world.manager.live == 0
+
+
+async def test_a_host_that_cannot_prepare(world: World) -> None:
+    """Refused with a status, before any head, and the session is over: it is not left between two states."""
+    session = await world.create()
+
+    def refuse(_: ExecRequest) -> None:
+        raise Unavailable("no descriptors")
+
+    world.runtime.before = refuse
+    with pytest.raises(Unavailable):
+        await world.manager.start_attached(session.id, None, world.take_over)
+    assert "head" not in world.said
+    ended = world.manager.inspect(session.id)
+    assert (ended.state, ended.error) == (SessionState.STOPPED, "no descriptors")
+    assert world.manager.live == 0
+
+
+async def test_a_runtime_that_refuses_an_attached_start(world: World) -> None:
+    """The client is told in the stream, after the code is known to whoever asks."""
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_exception(StartFailed("no such file", 127))
+    await asyncio.wait_for(task, SOON)
+    assert world.clients[0].messages == ["no such file"]
+    assert world.said == ["starting", "prepare", "head", "start", "stopped", "finish"]
+    assert world.manager.inspect(session.id).exit == ExitStatus(127, ExitSource.START_FAILURE)
+
+
+async def test_a_runtime_that_refuses_a_detached_start(world: World) -> None:
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_exception(StartFailed("no such file", 127))
+    with pytest.raises(StartFailed):
+        await asyncio.wait_for(task, SOON)
+    assert world.manager.inspect(session.id).exit == ExitStatus(127, ExitSource.START_FAILURE)
+
+
+async def test_the_request_of_a_detached_start_may_be_gone(world: World) -> None:
+    """Its cancellation is not the session's; and a failure that nobody waits for is no error of the loop."""
+    with no_loop_errors():
+        session = await world.create()
+        task = asyncio.create_task(world.manager.start_detached(session.id))
+        await world.wait_for("start")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        world.runtime.executions[0].started.set_exception(StartFailed("too late", 128))
+        await world.wait_for("stopped")
+        del task
+    assert world.manager.inspect(session.id).error == "too late"
+
+
+# -- sizes
+
+
+async def test_a_size_before_the_start_is_kept_for_it(world: World) -> None:
+    session = await world.create(tty=True, console_size=ConsoleSize(1, 1))
+    await world.manager.resize(session.id, ConsoleSize(2, 2))
+    await world.manager.resize(session.id, SIZE)
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    assert world.runtime.requests[0].process["consoleSize"] == {"height": 40, "width": 120}
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+
+
+async def test_the_starts_own_size_comes_first(world: World) -> None:
+    session = await world.create(tty=True, console_size=ConsoleSize(1, 1))
+    await world.manager.resize(session.id, ConsoleSize(2, 2))
+    task = asyncio.create_task(world.manager.start_detached(session.id, SIZE))
+    await world.wait_for("start")
+    assert world.runtime.requests[0].process["consoleSize"] == {"height": 40, "width": 120}
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+
+
+@pytest.mark.parametrize("during", ["prepare", "start"])
+async def test_a_size_during_the_start_is_set_after_it(world: World, during: str) -> None:
+    session = await world.create(tty=True)
+    if during == "prepare":
+        world.runtime.gate.clear()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for(during)
+    await world.manager.resize(session.id, ConsoleSize(9, 9))
+    await world.manager.resize(session.id, SIZE)
+    world.runtime.gate.set()
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    assert world.runtime.executions[0].sizes == [SIZE]
+    await world.manager.resize(session.id, ConsoleSize(3, 3))
+    assert world.runtime.executions[0].sizes == [SIZE, ConsoleSize(3, 3)]
+
+
+async def test_sizes_that_do_not_matter(world: World) -> None:
+    session = await world.create(tty=False)
+    await world.manager.resize(session.id, SIZE)
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    await world.manager.resize(session.id, SIZE)
+    assert world.runtime.executions[0].sizes == []
+    world.runtime.executions[0].end()
+    await world.wait_for("dispose")
+    with pytest.raises(Conflict):
+        await world.manager.resize(session.id, SIZE)
+
+
+# -- containers
+
+
+@pytest.mark.parametrize("status", [ContainerStatus.PAUSED, ContainerStatus.EXITED, ContainerStatus.CREATED])
+async def test_a_container_that_cannot_take_it(world: World, status: ContainerStatus) -> None:
+    session = await world.create()
+    world.containers.set(status=status)
+    with pytest.raises(Conflict):
+        await world.manager.create("c1", ExecConfig(args=("true",)))
+    with pytest.raises(Conflict):
+        await world.manager.start_detached(session.id)
+    assert world.said == []
+    world.containers.set(status=ContainerStatus.RUNNING)
+    assert world.state(session) is SessionState.CREATED, "a refusal must not use it up"
+
+
+async def test_another_incarnation_is_another_container(world: World) -> None:
+    session = await world.create()
+    world.containers.set(init=ProcessIdentity(INIT.pid, INIT.start_time + 1))
+    for attempt in (world.manager.start_detached(session.id), world.manager.resize(session.id, SIZE)):
+        with pytest.raises(Conflict):
+            await attempt
+    world.containers.container = None
+    with pytest.raises(NotFound):
+        await world.manager.start_detached(session.id)
+    assert world.said == []
+    assert world.manager.inspect(session.id).state is SessionState.CREATED
+
+
+@pytest.mark.parametrize(
+    "session_id", ["", "..", "0" * 63, "0" * 65, "A" * 64, "0" * 64, "0" * 64 + "\n", "x" * 10_000]
+)
+async def test_ids_of_nobody(world: World, session_id: str) -> None:
+    with pytest.raises(NotFound) as failure:
+        world.manager.inspect(session_id)
+    assert len(failure.value.message) < 200
+
+
+# -- limits and time
+
+
+async def test_a_cap_and_a_lifetime(tmp_path: Path) -> None:
+    world = make_world(tmp_path, sessions=3, created_lifetime=-1.0)
+    for _ in range(3):
+        session = await world.create(tty=True)
+        await world.manager.resize(session.id, SIZE)
+    with pytest.raises(Exhausted):
+        await world.create()
+    assert world.manager.sweep() == 3
+    assert world.manager.sweep() == 0
+    assert world.manager._early_sizes == {}, "what was said of them is forgotten with them"
+    await world.create()
+    world.store.close()
+
+
+# -- the service's own end
+
+
+async def test_a_stop_leaves_the_processes_alone(world: World) -> None:
+    session = await world.create(attach_stdout=True)
+    task = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await world.wait_for("running")
+    await asyncio.wait_for(world.manager.close(), SOON)
+    await asyncio.wait_for(task, SOON)
+    assert world.said[-2:] == ["leave", "abandon"]
+    assert world.state(session) is SessionState.RUNNING
+
+
+async def test_a_stop_during_a_start(world: World) -> None:
+    """Nobody may be left waiting, and the record says that a process may exist."""
+    session, other = await world.create(), await world.create()
+    attached = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await world.wait_for("start")
+    detached = asyncio.create_task(world.manager.start_detached(other.id))
+    async with asyncio.timeout(SOON):
+        while world.said.count("start") < 2:
+            await asyncio.sleep(0)
+    await asyncio.wait_for(world.manager.close(), SOON)
+    _, pending = await asyncio.wait([attached, detached], timeout=0.5)
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(attached, detached, return_exceptions=True)
+    assert world.state(session) is SessionState.STARTING
+    assert not pending, "a request waits for a start that nobody sees to any more"
+    assert world.said.count("leave") == 2, "their descriptors are held"
+
+
+async def test_recovery(world: World) -> None:
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    await world.manager.close()
+    assert world.manager.recover() == 1
+    assert "adopt" in world.said
+    world.runtime.executions[1].end(5)
+    await world.wait_for("dispose")
+    assert world.manager.inspect(session.id).exit == ExitStatus(5, ExitSource.SYNC_PIPE)
+
+
+# -- a store that fails
+
+
+async def test_a_store_that_is_full_at_the_start(world: World) -> None:
+    session = await world.create()
+    world.store.full = True
+    with pytest.raises(Unavailable):
+        await world.manager.start_detached(session.id)
+    assert "prepare" not in world.said, "the effect came before the intent"
+    world.store.full = False
+    assert world.state(session) is SessionState.CREATED
+
+
+@pytest.mark.parametrize("moment", ["running", "stopped"])
+async def test_a_store_that_becomes_full_meanwhile(world: World, moment: str) -> None:
+    """The client gets its end, and nothing is held for ever; no error is lost in the loop."""
+    with no_loop_errors():
+        session = await world.create(attach_stdout=True)
+        task = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+        await world.wait_for("start")
+        if moment == "running":
+            world.store.full = True
+        world.runtime.executions[0].started.set_result(PROCESS)
+        if moment == "stopped":
+            await world.wait_for("running")
+            world.store.full = True
+        world.runtime.executions[0].end(3)
+        done, _ = await asyncio.wait([task], timeout=0.5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        world.store.full = False
+        await asyncio.sleep(0)
+    assert done, "the client waits for ever"
+    assert "dispose" in world.said or "leave" in world.said, "descriptors, directory and monitor are held"
+    assert world.manager.live == 0

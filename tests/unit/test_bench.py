@@ -1,0 +1,153 @@
+"""The benchmark's arithmetic, its tables, and its reading of streams; the figures themselves are not tested."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from bench.client import ApiError, Frames
+from bench.measures import Flow, IdleMemory
+from bench.processes import Memory
+from bench.results import Results
+from bench.stats import median, paired_difference, paired_ratio, percentile
+from bench.tables import number, ratio, table
+
+NONE: Sequence[float | None] = (None, None)
+
+
+def test_median_ignores_what_was_not_measured() -> None:
+    assert median([3.0, None, 1.0, 2.0]) == 2.0
+    assert median(NONE) is None
+    assert median([]) is None
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 1.0), (0.5, 5.0), (0.9, 9.0), (0.91, 10.0), (1.0, 10.0)])
+def test_percentile_is_a_sample(fraction: float, expected: float) -> None:
+    assert percentile([float(n) for n in range(10, 0, -1)], fraction) == expected
+
+
+def test_percentile_of_nothing() -> None:
+    assert percentile(NONE, 0.9) is None
+
+
+def test_pairs_are_taken_within_a_round() -> None:
+    # The machine was three times as slow in the second round; the comparison does not notice.
+    assert paired_ratio([2.0, 6.0, 2.0], [1.0, 3.0, 1.0]) == 2.0
+    assert paired_difference([2.0, 6.0, 2.0], [1.0, 3.0, 1.0]) == 1.0
+
+
+def test_pairs_need_both_sides() -> None:
+    assert paired_ratio([None, 4.0], [1.0, 2.0]) == 2.0
+    assert paired_ratio([4.0, 4.0], [None, 0.0]) is None
+    assert paired_difference([1.0], [None]) is None
+    assert paired_difference([1.0, 2.0], []) is None
+
+
+def test_figures_are_shown() -> None:
+    assert number(1.25, 1) == "1.2"
+    assert number(None) == "-"
+    assert ratio(0.5) == "0.50x"
+    assert ratio(None) == "-"
+
+
+def test_table_is_aligned_markdown() -> None:
+    assert table(["", "ms"], [["execgate", "1.5"], ["podman", "100.0"]]).splitlines() == [
+        "|          |    ms |",
+        "| -------- | ----: |",
+        "| execgate |   1.5 |",
+        "| podman   | 100.0 |",
+    ]
+
+
+def test_table_rejects_a_ragged_row() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        table(["", "a", "b"], [["x", "1"]])
+
+
+def frame(stream: int, payload: bytes) -> bytes:
+    return bytes([stream, 0, 0, 0]) + len(payload).to_bytes(4, "big") + payload
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 1000])
+def test_frames_are_counted_whatever_the_chunks(size: int) -> None:
+    data = frame(1, b"one") + frame(2, b"error") + frame(1, b"") + frame(1, b"two")
+    frames = Frames()
+    for at in range(0, len(data), size):
+        frames.feed(memoryview(data[at : at + size]))
+    assert frames.payload == 11
+    assert frames.start == b"onetwo"
+
+
+def test_frames_keep_only_the_start() -> None:
+    frames = Frames()
+    frames.feed(memoryview(frame(1, b"x" * 3 * Frames.KEPT)))
+    assert frames.payload == 3 * Frames.KEPT
+    assert frames.start == b"x" * Frames.KEPT
+
+
+def test_frames_refuse_what_is_no_frame() -> None:
+    with pytest.raises(ApiError, match="stream 72"):
+        Frames().feed(memoryview(b"HTTP/1.1 500 no"))
+
+
+def results(**fields: Any) -> Results:
+    given: Mapping[str, Any] = {"machine": {}, "versions": {}, "options": {}, "absent": {}} | fields
+    return Results(**given)
+
+
+LATENCY = {
+    "runtime alone (runc)": [0.020, 0.030],
+    "conmon alone (runc)": [0.023, 0.033],
+    "execgate (runc)": [0.026, 0.037],
+}
+
+
+def test_report_tells_cost_and_ratios() -> None:
+    report = results(latency=LATENCY, latency_cpu={"execgate (runc)": 0.0042}).report()
+    row = next(line for line in report.splitlines() if line.startswith("| execgate (runc)"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["31.5", "37.0", "1.27x", "6.5", "3.5", "4.2"]
+
+
+def test_cost_verdict() -> None:
+    assert results(latency=LATENCY).verdicts() == [
+        "execgate (runc): own cost 6.5 ms an exec, target below 10.0: reached"
+    ]
+    slow = LATENCY | {"execgate (runc)": [0.031, 0.041]}
+    assert results(latency=slow).verdicts()[0].endswith("NOT reached")
+
+
+def test_rate_verdict_compares_the_same_runtime() -> None:
+    rate = {8: {"execgate (runc)": [60.0], "dockerd (runc)": [40.0], "podman (crun)": [10.0]}}
+    assert results(rate=rate).verdicts() == [
+        "execgate (runc), 8 parallel: 1.50x the execs/s of dockerd, target more than 1: reached"
+    ]
+
+
+def test_what_is_missing_is_told() -> None:
+    report = results(absent={"dockerd (crun)": "does not start"}, failures={"stdin: podman (runc)": "hung"}).report()
+    assert "- dockerd (crun): does not start" in report
+    assert "- stdin: podman (runc): hung" in report
+
+
+def test_a_failed_contestant_leaves_dashes() -> None:
+    report = results(latency={"execgate (runc)": [None]}, stdout={"execgate (runc)": [None]}).report()
+    assert "| execgate (runc) |      - |" in report
+
+
+def test_results_are_json() -> None:
+    memory = IdleMemory(Memory(2048, 1024), Memory(20, 10), Memory(4, 2))
+    full = results(
+        latency=LATENCY,
+        rate={1: {"execgate (runc)": [60.0]}},
+        stdout={"execgate (runc)": [Flow(1000.0, 0.5)]},
+        memory={"execgate (runc)": [memory]},
+    )
+    data = json.loads(json.dumps(full.as_json()))
+    assert data["stdout"]["execgate (runc)"] == [{"megabytes_per_second": 1000.0, "cpu_seconds_per_gigabyte": 0.5}]
+    assert data["memory"]["execgate (runc)"][0]["base"] == {"rss": 2048, "pss": 1024}
+    assert data["verdicts"]
+
+
+def test_memory_is_shared_out() -> None:
+    assert (Memory(300, 30) - Memory(100, 10)).divided(2) == Memory(100, 10)
