@@ -83,7 +83,7 @@ async def serve(config: Config) -> None:
         )
         if recovered := manager.recover():
             log.info("took back %d running sessions of an earlier service", recovered)
-        sweeper = asyncio.create_task(_sweep(manager), name="sweeper")
+        sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")
         try:
             await server.start(listeners)
             notifier.tell("READY=1")
@@ -168,10 +168,10 @@ def _names(listeners: list[socket.socket]) -> list[str]:
     return [f"unix://{name}" if isinstance(name, str) else f"tcp://{name[0]}:{name[1]}" for name in names]
 
 
-async def _sweep(manager: SessionManager) -> None:
+async def _sweep(manager: SessionManager, interval: float) -> None:
     """Forget old sessions, for ever."""
     while True:
-        await asyncio.sleep(_SWEEP_INTERVAL)
+        await asyncio.sleep(interval)
         try:
             manager.sweep()
         except Unavailable as error:

@@ -151,9 +151,9 @@ class FrontProtocol(asyncio.Protocol):
         while not isinstance(event := self._splitter.next_event(), NeedData):
             if isinstance(event, Head):
                 self._begin(event)
-                self._inner.data_received(event.raw)
+                self._pass_on(event.raw)
             elif isinstance(event, Body):
-                self._inner.data_received(event.raw)
+                self._pass_on(event.raw)
             else:
                 self._arriving = False
                 if self._hijackable:
@@ -162,6 +162,15 @@ class FrontProtocol(asyncio.Protocol):
                     self._hold(self._splitter.take_rest())
                     return
                 self._arm(None if self._splitter.idle else HEAD_TIMEOUT)
+
+    def _pass_on(self, raw: bytes) -> None:
+        try:
+            self._inner.data_received(raw)
+        except Exception as error:  # aiohttp's parser lets some of its own errors escape (3.14: `http://[%]@/`)
+            log.debug("aiohttp could not parse a request: %r", error)
+            self._outstanding -= 1
+            self._arriving = False
+            raise BadRequest(400, "malformed request") from error
 
     def _begin(self, head: Head) -> None:
         if any(coding.lower() != "identity" for coding in head.headers("content-encoding")):

@@ -1,20 +1,24 @@
 """The HTTP application: routes, middlewares, and a front before each connection."""
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from execgate.http.dialects import DOCKER, Dialect
-from execgate.http.errors import error_middleware
+from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
 from execgate.http.routes.containers import ContainerRoutes
 from execgate.http.routes.events import EventRoutes
 from execgate.http.routes.execs import ExecRoutes
 from execgate.http.routes.system import SystemRoutes
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
+
+log = logging.getLogger(__name__)
 
 MAX_BODY = 1024 * 1024
 """Bytes of a request body."""
@@ -74,11 +78,7 @@ class HttpServer:
             app,
             access_log=None,
             handler_cancellation=False,
-            keepalive_timeout=KEEPALIVE,
             shutdown_timeout=_SHUTDOWN_TIMEOUT,
-            # The front has its own bounds and words; aiohttp's must not come first.
-            max_line_size=2 * MAX_REQUEST_LINE,
-            max_field_size=2 * MAX_HEAD,
         )
         self._servers: list[asyncio.Server] = []
 
@@ -103,7 +103,37 @@ class HttpServer:
     def _new_connection(self) -> FrontProtocol:
         server = self._runner.server
         assert server is not None
-        return FrontProtocol(server(), max_body=MAX_BODY)
+        inner = _Connection(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=cast("logging.Logger", None),  # aiohttp itself passes None to turn it off
+            keepalive_timeout=KEEPALIVE,
+            # The front has its own bounds and words; aiohttp's must not come first.
+            max_line_size=2 * MAX_REQUEST_LINE,
+            max_field_size=2 * MAX_HEAD,
+        )
+        return FrontProtocol(inner, max_body=MAX_BODY)
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's protocol, with our words for what its parser refuses and the front let pass."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer in JSON. What the client did wrong is no news for the log."""
+        if status >= 500:
+            log.error("a request failed outside its handler", exc_info=exc)
+            message = "internal error; the service's log has the details"
+        response = json_error(status, message or "bad request")
+        response.force_close()
+        return response
 
 
 def _version_middleware(dialect: Dialect) -> Middleware:

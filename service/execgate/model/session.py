@@ -11,7 +11,8 @@ step is legal, and nothing but the store's compare-and-set takes one: of two req
 start the same session, exactly one wins.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from execgate.model.config import ExecConfig, ResolvedUser
@@ -76,7 +77,8 @@ class ExecSession:
     """The record of one session; every change makes a new one.
 
     Times are seconds since the epoch. `process` and `monitor` (conmon) are set while they are known to exist or
-    have existed; `exit` is set exactly when `state` is stopped. `error` is why a start failed.
+    have existed; `exit` is set exactly when `state` is stopped. `error` is why a start failed. `container_labels`
+    are those of the container at create: events show them.
     """
 
     id: SessionId
@@ -91,6 +93,7 @@ class ExecSession:
     monitor: ProcessIdentity | None = None
     exit: ExitStatus | None = None
     error: str = ""
+    container_labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def running(self) -> bool:

@@ -64,6 +64,9 @@ from execgate.wire.sync_pipe import SyncLines, SyncMessage
 log = logging.getLogger(__name__)
 
 _CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_STUCK_AFTER = 2.0
+"""Seconds after the end of a process in a terminal in which its conmon has to say something."""
+
 _MONITOR_GRACE = 5.0
 """Seconds that conmon gets to end after its process; it needs milliseconds."""
 
@@ -281,12 +284,41 @@ class ConmonExec:
 
     async def wait(self) -> ExitStatus:
         """Step 5: return how the process ended, and how we know."""
-        message = await self._sync.next()
+        message = await self._exit_message()
         if message is not None and message.data is not None and message.data >= 0:
             return ExitStatus(message.data, ExitSource.SYNC_PIPE)
         if self._pidfd is not None and message is None:
             await pidfd.ended(self._pidfd)  # conmon died, or could not write: the process may live on
         return exit_file_status(self._directory) or await kernel_status(self._pidfd) or UNKNOWN_EXIT
+
+    async def _exit_message(self) -> SyncMessage | None:
+        """Return conmon's last message.
+
+        A conmon that writes input which the terminal will never take is stuck in that write, its process dead or
+        not (seen with 2.1.6: raw mode, 20 KB of input that nobody reads). It is killed, and the kernel asked.
+        """
+        message = asyncio.ensure_future(self._sync.next())
+        try:
+            if self._request.tty and self._pidfd is not None:
+                ended = asyncio.ensure_future(pidfd.ended(self._pidfd))
+                await asyncio.wait([message, ended], return_when=asyncio.FIRST_COMPLETED)
+                ended.cancel()
+                while not (await asyncio.wait([message], timeout=_STUCK_AFTER))[0]:
+                    if self._input_stuck():
+                        log.warning("conmon of exec %s is stuck and is killed", self._request.session_id[:12])
+                        self._monitor.kill_group()
+            return await message
+        finally:
+            message.cancel()
+
+    def _input_stuck(self) -> bool:
+        """Whether conmon takes no input and has no output for us either."""
+        stdin, outputs = self.streams.input, self.streams.outputs
+        return (
+            isinstance(stdin, AttachInput)
+            and stdin.blocked
+            and not any(output.waiting() for output in outputs if isinstance(output, AttachOutput))
+        )
 
     def resize(self, size: ConsoleSize) -> None:
         """Set the terminal's size. Internal when conmon does not take it."""
@@ -388,7 +420,7 @@ class _Monitor:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._reaped = False
-        self.identity = pidfd.identify(pid)
+        self._identity: ProcessIdentity | None = None
         try:
             # Now, and not at the end: with no descriptor left a start can still be refused, an end cannot.
             self._pidfd = Descriptor(os.pidfd_open(pid))
@@ -396,6 +428,13 @@ class _Monitor:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise
+
+    @property
+    def identity(self) -> ProcessIdentity | None:
+        """conmon's name. Read late: while a process is in execve, reading its /proc waits for it."""
+        if self._identity is None and not self._reaped:
+            self._identity = pidfd.identify(self._pid)
+        return self._identity
 
     def kill_group(self) -> None:
         """Kill conmon and the runtime. Before its setsid conmon is still in our group: then only itself."""

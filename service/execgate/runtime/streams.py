@@ -187,6 +187,10 @@ class AttachOutput:
             else:
                 return attach.parse_packet(packet) if packet else None
 
+    def waiting(self) -> bool:
+        """Return whether there is output that was not read yet."""
+        return self._socket.fileno() >= 0 and buffered(self._socket.fileno()) > 0
+
     def cut(self) -> None:
         """See `Output.cut`. What conmon has not sent yet is not waited for."""
         self._cut = True
@@ -198,12 +202,13 @@ class AttachOutput:
 
 
 class AttachInput:
-    """The input half of conmon's attach socket."""
+    """The input half of conmon's attach socket. `blocked` says that conmon takes no more of it now."""
 
-    __slots__ = ("_socket",)
+    __slots__ = ("_socket", "blocked")
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self.blocked = False
 
     async def write(self, data: bytes) -> None:
         """See `Input.write`."""
@@ -215,7 +220,9 @@ class AttachInput:
             try:
                 self._socket.send(packet)
             except BlockingIOError:
+                self.blocked = True
                 await writable(self._socket.fileno())
+                self.blocked = False
             except OSError as error:  # EPIPE, ECONNRESET: conmon is gone
                 raise InputClosed from error
             else:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
-from execgate.model.errors import Conflict, ExecgateError, Exhausted, NotFound, StartFailed
+from execgate.model.errors import Conflict, ExecgateError, Exhausted, Internal, NotFound, StartFailed, Unavailable
 from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
 from execgate.model.process import ProcessIdentity
@@ -148,6 +148,7 @@ class SessionManager:
         self._limits = limits
         self._live: dict[SessionId, _Live] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
+        self._unsaved: dict[SessionId, tuple[ExecSession, ExecSession]] = {}
 
     # -- create and inspect ---------------------------------------------------------------------------------------
 
@@ -168,6 +169,7 @@ class SessionManager:
             user=user,
             state=SessionState.CREATED,
             created_at=time.time(),
+            container_labels=container.annotations,
         )
         self._store.add(session)
         self._publish(f"exec_create: {' '.join(config.args)}", session)
@@ -176,6 +178,8 @@ class SessionManager:
     def inspect(self, session_id: str) -> ExecSession:
         """Return a session by its full id. NotFound."""
         known = parse_session_id(session_id)
+        if known in self._unsaved:
+            return self._unsaved[known][1]
         session = self._store.get(known) if known else None
         if session is None:
             raise NotFound(f"No such exec instance: {session_id[:64]}")
@@ -266,6 +270,9 @@ class SessionManager:
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""
         now = time.time()
+        for session_id, (before, after) in list(self._unsaved.items()):
+            self._store.move(before, after)
+            del self._unsaved[session_id]
         for session_id in [known for known in self._early_sizes if self._store.get(known) is None]:
             del self._early_sizes[session_id]
         return self._store.forget(
@@ -298,7 +305,7 @@ class SessionManager:
         self, session_id: str, size: ConsoleSize | None, *, attach: bool
     ) -> tuple[ExecSession, _Live, Execution]:
         session = self.inspect(session_id)
-        container = self._container_of(session)
+        container = self._container_of(session)  # dockerd looks at the container first, too
         if session.state is not SessionState.CREATED:
             raise _already_started(session)
         config = session.config
@@ -348,29 +355,43 @@ class SessionManager:
         self._publish(f"exec_start: {' '.join(session.config.args)}", session)
         try:
             session = await self._begin(session, live, execution)
-        except ExecgateError as error:
-            if begun is not None:
-                begun.set_exception(error)
+        except asyncio.CancelledError:
+            _settle(begun, Unavailable("the service stops"))
+            self._let_go(session, execution, client)
+            raise
+        except Exception as error:
+            known = error if isinstance(error, ExecgateError) else _unforeseen(session, error)
+            _settle(begun, known)
+            if not isinstance(error, StartFailed):  # after which nothing is left
+                self._let_go(session, execution, None)
             if client is not None:
-                await client.finish(error.message)
+                await client.finish(known.message)
             return
-        if begun is not None:
-            begun.set_result(session)
+        _settle(begun, session)
         await self._attend(session, execution, client)
 
     async def _attend(self, session: ExecSession, execution: Execution, client: "AttachedClient | None") -> None:
-        """See a running session to its end."""
+        """See a running session to its end. Whatever happens, its client is not left waiting."""
+        message = ""
         try:
             status = await self._pump(session, execution, client)
+            self._ended(session, status)
         except asyncio.CancelledError:  # the service stops; the process does not
-            execution.leave()
-            if client is not None:
-                client.abandon()
+            self._let_go(session, execution, client)
             raise
-        self._ended(session, status)
+        except Exception as error:
+            message = _unforeseen(session, error).message
+            self._live.pop(session.id, None)
         if client is not None:
-            await client.finish()
+            await client.finish(message)
         await execution.dispose()
+
+    def _let_go(self, session: ExecSession, execution: Execution, client: "AttachedClient | None") -> None:
+        """Part from a session whose process may live on."""
+        self._live.pop(session.id, None)
+        execution.leave()
+        if client is not None:
+            client.abandon()
 
     async def _begin(self, session: ExecSession, live: _Live, execution: Execution) -> ExecSession:
         try:
@@ -415,18 +436,19 @@ class SessionManager:
         self._ended(session, ExitStatus(error.exit_code, ExitSource.START_FAILURE), error=error.message)
 
     def _ended(self, session: ExecSession, status: ExitStatus, error: str = "") -> None:
-        """Keep the end, then tell it."""
+        """Keep the end, then tell it. A store that cannot take it now gets it later; until then it is kept here."""
         self._live.pop(session.id, None)
         self._early_sizes.pop(session.id, None)
-        self._store.move(
-            session,
-            replace(session, state=SessionState.STOPPED, finished_at=time.time(), exit=status, error=error),
-        )
+        after = replace(session, state=SessionState.STOPPED, finished_at=time.time(), exit=status, error=error)
+        try:
+            self._store.move(session, after)
+        except Unavailable as failure:
+            log.error("the end of exec %s is not stored yet: %s (%s)", session.id[:12], failure, failure.hint)
+            self._unsaved[session.id] = (session, after)
         self._publish("exec_die", session, exitCode=str(status.code))
 
     def _publish(self, action: str, session: ExecSession, **attributes: str) -> None:
-        container = self._containers.get(session.container.container_id)
-        labels = container.annotations if container is not None else {}
+        labels = session.container_labels
         image = labels.get("org.opencontainers.image.ref.name", "")
         self._events.publish(
             Event(
@@ -469,3 +491,19 @@ def running(container: Container) -> Container:
 def _already_started(session: ExecSession) -> AlreadyStarted:
     tense = "has already run" if session.state is SessionState.STOPPED else "is already running"
     return AlreadyStarted(f"exec command {session.id} {tense}")
+
+
+def _settle(begun: "asyncio.Future[ExecSession] | None", outcome: ExecSession | ExecgateError) -> None:
+    """Tell whoever waits for the start of a detached session."""
+    if begun is None or begun.done():
+        return
+    if isinstance(outcome, ExecgateError):
+        begun.set_exception(outcome)
+    else:
+        begun.set_result(outcome)
+
+
+def _unforeseen(session: ExecSession, error: Exception) -> Internal:
+    """Log what nobody planned for, and return what the client may know of it."""
+    log.error("exec %s in %s failed", session.id[:12], session.container.name, exc_info=error)
+    return Internal("internal error; the service's log has the details")

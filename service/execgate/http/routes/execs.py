@@ -41,7 +41,6 @@ class ExecRoutes:
         body = await read_body(request, StartBody)
         session_id = request.match_info["id"]
         size = self._start_size(body, request)
-        self._manager.startable(session_id)
         if body.detach:
             await self._manager.start_detached(session_id, size)
             return web.Response()
