@@ -237,6 +237,7 @@ class ConmonExec:
         self._start_pipe = start_pipe
         self._attach_pipe = attach_pipe
         self._start_timeout = start_timeout
+        self._process: ProcessIdentity | None = None
         self._pidfd: Descriptor | None = None
 
     def __repr__(self) -> str:
@@ -278,9 +279,9 @@ class ConmonExec:
             raise await self._start_failure(message)
         with contextlib.suppress(OSError):
             (self._directory / "process.json").unlink()  # it holds secrets
-        process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
-        self._pidfd = pidfd.open_pidfd(process)
-        return process
+        self._process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
+        self._pidfd = pidfd.open_pidfd(self._process)
+        return self._process
 
     async def wait(self) -> ExitStatus:
         """Step 5: return how the process ended, and how we know."""
@@ -289,7 +290,7 @@ class ConmonExec:
             return ExitStatus(message.data, ExitSource.SYNC_PIPE)
         if self._pidfd is not None and message is None:
             await pidfd.ended(self._pidfd)  # conmon died, or could not write: the process may live on
-        return exit_file_status(self._directory) or await kernel_status(self._pidfd) or UNKNOWN_EXIT
+        return exit_file_status(self._directory) or await kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
 
     async def _exit_message(self) -> SyncMessage | None:
         """Return conmon's last message.
@@ -392,7 +393,7 @@ class AdoptedExec:
         if self.monitor is not None and (monitor := pidfd.open_pidfd(self.monitor)):
             with contextlib.closing(monitor), contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pidfd.ended(monitor), _MONITOR_GRACE)  # it writes the exit file, then ends
-        return exit_file_status(self._directory) or await kernel_status(self._pidfd) or UNKNOWN_EXIT
+        return exit_file_status(self._directory) or await kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
 
     def resize(self, size: ConsoleSize) -> None:
         """Set the terminal's size."""
@@ -511,12 +512,12 @@ class _Discarded:
         self._output.close()
 
 
-async def kernel_status(process: Descriptor | None) -> ExitStatus | None:
-    """Ask the kernel. It tells once the process is reaped, which its new parent does in its own time."""
-    if process is None:
+async def kernel_status(process: ProcessIdentity | None, fd: Descriptor | None) -> ExitStatus | None:
+    """Ask the kernel, which tells of an ended process in one place before it is reaped and in another after."""
+    if process is None or fd is None:
         return None
     for _ in range(_REAP_ATTEMPTS):
-        if status := pidfd.exit_status(process):
+        if status := pidfd.zombie_status(process) or pidfd.exit_status(fd):
             return status
         await asyncio.sleep(_REAP_INTERVAL)  # the kernel has no event for "reaped"
     return None

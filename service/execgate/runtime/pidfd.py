@@ -8,6 +8,7 @@ before the process was reaped. On older kernels the answer is None, an honest "u
 import fcntl
 import os
 import struct
+from pathlib import Path
 
 from execgate.containers import proc
 from execgate.model.process import ProcessIdentity
@@ -56,6 +57,21 @@ def exit_status(pidfd: Descriptor) -> ExitStatus | None:
     if not mask & _PIDFD_INFO_EXIT:
         return None
     return ExitStatus(shell_code(wait_status), ExitSource.PIDFD)
+
+
+def zombie_status(process: ProcessIdentity) -> ExitStatus | None:
+    """Return how a process ended that nobody has reaped yet, from `/proc/PID/stat`; None when it is no zombie.
+
+    Field 52 (proc(5)) is the wait status. Together with `exit_status` there is an answer before and after the reaping.
+    """
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = stat.rpartition(b")")[2].split()  # from field 3 on; the name before it may hold anything
+    if fields[0] != b"Z" or int(fields[19]) != process.start_time:
+        return None
+    return ExitStatus(shell_code(int(fields[49])), ExitSource.PIDFD)
 
 
 def shell_code(wait_status: int) -> int:

@@ -39,6 +39,10 @@ from execgate.sessions.store import SessionStore, StateChanged
 log = logging.getLogger(__name__)
 
 
+_START_GRACE = 1.0
+"""Seconds that starts under way get when the service stops."""
+
+
 class Execution(Protocol):
     """One process, prepared (`runtime.conmon.ConmonExec`)."""
 
@@ -116,12 +120,13 @@ class AlreadyStarted(Conflict):
 class _Live:
     """A session between its start and its end, as far as it is not in the record."""
 
-    __slots__ = ("execution", "size", "started", "task")
+    __slots__ = ("begin", "execution", "size", "started", "task")
 
     def __init__(self, size: ConsoleSize | None) -> None:
         self.execution: Execution | None = None
         self.size = size
         self.started = False
+        self.begin: asyncio.Future[ExecSession] | None = None
         self.task: asyncio.Task[None] | None = None
 
 
@@ -262,6 +267,9 @@ class SessionManager:
 
     async def close(self) -> None:
         """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
+        starts = [live.begin for live in self._live.values() if live.begin is not None and not live.begin.done()]
+        if starts:  # a conmon that cannot report the pid of its process gives up
+            await asyncio.wait(starts, timeout=_START_GRACE)
         tasks = [live.task for live in self._live.values() if live.task is not None]
         for task in tasks:
             task.cancel()
@@ -354,7 +362,8 @@ class SessionManager:
         """The session's own task: from the start of its process to the end of its record."""
         self._publish(f"exec_start: {' '.join(session.config.args)}", session)
         try:
-            session = await self._begin(session, live, execution)
+            live.begin = asyncio.ensure_future(self._begin(session, live, execution))
+            session = await live.begin
         except asyncio.CancelledError:
             _settle(begun, Unavailable("the service stops"))
             self._let_go(session, execution, client)
