@@ -73,6 +73,9 @@ _MONITOR_GRACE = 5.0
 _HELD = "held"
 """The file that says which of conmon's descriptors are the output pipes, as {stream: number}."""
 
+_RESIZE_INTERVAL = 0.02
+"""Seconds between two sizes for one terminal."""
+
 _REAP_ATTEMPTS = 20
 _REAP_INTERVAL = 0.05
 
@@ -239,6 +242,8 @@ class ConmonExec:
         self._start_timeout = start_timeout
         self._process: ProcessIdentity | None = None
         self._pidfd: Descriptor | None = None
+        self._resizing: asyncio.TimerHandle | None = None
+        self._next_size: ConsoleSize | None = None
 
     def __repr__(self) -> str:
         return f"<ConmonExec {self._request.session_id[:12]} monitor={self._monitor.identity}>"
@@ -322,11 +327,27 @@ class ConmonExec:
         )
 
     def resize(self, size: ConsoleSize) -> None:
-        """Set the terminal's size. Internal when conmon does not take it."""
+        """Set the terminal's size. Internal when conmon does not take it.
+
+        Of a storm of sizes only the latest counts: conmon loses lines that come faster than it reads them.
+        """
+        if self._resizing is not None:
+            self._next_size = size
+            return
         resize_terminal(self._directory, size)
+        self._resizing = asyncio.get_running_loop().call_later(_RESIZE_INTERVAL, self._resize_again)
+
+    def _resize_again(self) -> None:
+        self._resizing = None
+        size, self._next_size = self._next_size, None
+        if size is not None:
+            with contextlib.suppress(Internal):  # the process may be over
+                self.resize(size)
 
     def leave(self) -> None:
         """Let go of every descriptor. The process and its monitor live on, and the exit file will tell."""
+        if self._resizing is not None:
+            self._resizing.cancel()
         self.streams.close()
         self._start_pipe.close()
         self._attach_pipe.close()

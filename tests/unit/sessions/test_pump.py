@@ -258,7 +258,8 @@ async def test_the_drain_is_bounded(drain: float) -> None:
     loop = asyncio.get_running_loop()
     begun = loop.time()
     await run(pump_of(client, output), done(), drain)
-    assert drain <= loop.time() - begun < drain + 1
+    # uvloop's timers and its clock have whole milliseconds, rounded each in its own way.
+    assert drain - 0.01 <= loop.time() - begun < drain + 1
     assert output.cuts == 1
     assert client.got == [(1, b"there")]
 
