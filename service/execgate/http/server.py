@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import socket
+import sys
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -27,6 +28,9 @@ KEEPALIVE = 75.0
 """Seconds that an idle connection is kept."""
 
 _SHUTDOWN_TIMEOUT = 2.0
+
+# From Python 3.13 on a loop removes a unix socket's file when its server closes. An inherited socket's is systemd's.
+_KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -87,8 +91,11 @@ class HttpServer:
         await self._runner.setup()
         loop = asyncio.get_running_loop()
         for listener in listeners:
-            create = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
-            self._servers.append(await create(self._new_connection, sock=listener))
+            if listener.family == socket.AF_UNIX:
+                server = await loop.create_unix_server(self._new_connection, sock=listener, **_KEEP_SOCKET_FILE)
+            else:
+                server = await loop.create_server(self._new_connection, sock=listener)
+            self._servers.append(server)
 
     async def stop_accepting(self) -> None:
         """Close the listening sockets; connections that are open stay."""
