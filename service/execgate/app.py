@@ -124,8 +124,7 @@ def _runtime(config: Config) -> ConmonRuntime:
     directory = config.state_dir / "sessions"
     directory.mkdir(mode=0o700, exist_ok=True)
     runtime = ConmonRuntime(conmon=conmon, directory=directory, start_timeout=config.start_timeout_seconds)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    runtime.remember_limits((soft, hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return runtime
 

@@ -5,6 +5,8 @@ import grp
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +96,7 @@ def socket_identity(path: Path) -> tuple[int, int] | None:
 def _open_unix(path: Path, mode: int, group: str) -> socket.socket:
     _clear_stale(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with _listening(socket.AF_UNIX) as listener:
         # bind creates the file with the umask's mode: closed first, opened when owner and mode are right.
         before = os.umask(0o177)
         try:
@@ -105,11 +106,6 @@ def _open_unix(path: Path, mode: int, group: str) -> socket.socket:
         if group:
             os.chown(path, -1, _gid(group))
         path.chmod(mode)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except BaseException:
-        listener.close()
-        raise
     return listener
 
 
@@ -137,16 +133,23 @@ def _clear_stale(path: Path) -> None:
 
 def _open_tcp(address: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
+    with _listening(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address.host, address.port))
+    return listener
+
+
+@contextmanager
+def _listening(family: socket.AddressFamily) -> Iterator[socket.socket]:
+    """Give out a stream socket to be bound; it listens afterwards, or is closed if anything fails."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        yield listener
         listener.listen(BACKLOG)
         listener.setblocking(False)
     except BaseException:
         listener.close()
         raise
-    return listener
 
 
 def _gid(group: str) -> int:

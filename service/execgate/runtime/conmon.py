@@ -121,12 +121,8 @@ class ConmonRuntime:
         self._conmon = conmon
         self._directory = directory
         self._start_timeout = start_timeout
-        # The service may have raised its own limit; a container without one of its own must not inherit that.
+        # As it is now: the service may raise its own later, and a container without one must not inherit that.
         self._nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
-
-    def remember_limits(self, nofile: tuple[int, int]) -> None:
-        """Give processes this RLIMIT_NOFILE (soft, hard) instead of the service's present one."""
-        self._nofile = nofile
 
     async def prepare(self, request: ExecRequest) -> "ConmonExec":
         """Make everything ready for `request`, up to the last step. Unavailable when the host cannot."""

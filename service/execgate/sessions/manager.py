@@ -201,12 +201,6 @@ class SessionManager:
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def startable(self, session_id: str) -> ExecSession:
-        """Return a session whose container can take it, whether or not it has run. NotFound, Conflict."""
-        session = self.inspect(session_id)
-        self._container_of(session)
-        return session
-
     async def start_detached(self, session_id: str, size: ConsoleSize | None = None) -> ExecSession:
         """Start with nothing attached; return once the pid is known. StartFailed, AlreadyStarted, …"""
         session, live, execution = await self._prepare(session_id, size, attach=False)
@@ -236,7 +230,8 @@ class SessionManager:
 
     async def resize(self, session_id: str, size: ConsoleSize) -> None:
         """Set the size of the session's terminal; before the start it is kept for the start."""
-        session = self.startable(session_id)
+        session = self.inspect(session_id)
+        self._container_of(session)
         if session.state is SessionState.STOPPED:
             raise Conflict(f"exec command {session.id} is not running")
         if not session.config.tty:
