@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import resource
@@ -86,6 +87,9 @@ async def serve(config: Config) -> None:
         sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")
         try:
             await server.start(listeners)
+            # What is here now stays: collections need not go over every module again and again.
+            gc.collect()
+            gc.freeze()
             notifier.tell("READY=1")
             log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
             await stop

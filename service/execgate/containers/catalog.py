@@ -74,8 +74,9 @@ class _Entry:
     directory: Path
     state: RuntimeState
     annotations: Mapping[str, str]
-    keys: tuple[Path, FileKey, Path, FileKey | None]
+    keys: tuple[str, FileKey, str, FileKey | None]
     """State file and spec file with the keys they had; None: there was no usable spec."""
+    exec_fifo: str
 
 
 def default_roots(environ: Mapping[str, str], *, uid: int) -> list[RuntimeRoot]:
@@ -105,8 +106,9 @@ class Catalog:
         self._roots = tuple(roots)
         self._runtimes = dict(runtimes)
         self._naming = naming
-        self._entries: dict[Path, _Entry] = {}
-        self._specs: dict[Path, tuple[FileKey, Mapping[str, Any]]] = {}
+        # Paths as text: this is looked at several times a request, and a Path costs more than the system call.
+        self._entries: dict[str, _Entry] = {}
+        self._specs: dict[str, tuple[FileKey, Mapping[str, Any]]] = {}
         self._problems: dict[Path, str] = {}
 
     def list(self) -> list[Container]:
@@ -147,7 +149,7 @@ class Catalog:
         and the bundle may have been edited since. Raises NotFound when there is none, Internal when it is
         unusable.
         """
-        path = _spec_path(container.runtime.root / container.id, container.bundle)
+        path = _spec_path(f"{container.runtime.root}/{container.id}", container.bundle)
         try:
             return self._read_spec(path)[0]
         except NotFound as error:
@@ -177,16 +179,17 @@ class Catalog:
                 if entry is not None and found.setdefault(entry.id, entry) is not entry:
                     other = found[entry.id].directory
                     self._report(entry.directory, f"the id is taken by {other}")
-        for kept in (self._entries, self._problems):
-            for path in [path for path in kept.copy() if path not in seen]:
-                kept.pop(path, None)
+        for path in [path for path in self._problems.copy() if path not in seen]:
+            self._problems.pop(path, None)
+        for text in [text for text in self._entries.copy() if Path(text) not in seen]:
+            self._entries.pop(text, None)
         return tuple(found.values())
 
     def _lookup(self, container_id: ContainerId) -> _Entry | None:
         """Return one entry by its full id."""
         for root in self._roots:
             # A name that a scan once found needs no other: if it is gone, its state file is.
-            if (root.dir / container_id) in self._entries or container_id in self._names(root):
+            if f"{root.dir}/{container_id}" in self._entries or container_id in self._names(root):
                 entry = self._load(root, container_id)
                 if entry is not None:
                     return entry
@@ -227,23 +230,23 @@ class Catalog:
         """Return the entry of one directory; None, with its problem kept, when it cannot be read."""
         directory = root.dir / name
         try:
-            entry = self._cached(directory) or self._read(root, directory)
+            entry = self._cached(str(directory)) or self._read(root, directory)
         except Unavailable:
             raise
         except (ExecgateError, MalformedError) as error:
-            self._entries.pop(directory, None)
+            self._entries.pop(str(directory), None)
             # A container that was deleted meanwhile is no problem.
             if _key_or_none(directory) is None:
                 self._problems.pop(directory, None)
             else:
                 self._report(directory, getattr(error, "hint", "") or str(error))
             return None
-        self._entries[directory] = entry
+        self._entries[str(directory)] = entry
         if entry.keys[3] is not None:
             self._problems.pop(directory, None)
         return entry
 
-    def _cached(self, directory: Path) -> _Entry | None:
+    def _cached(self, directory: str) -> _Entry | None:
         entry = self._entries.get(directory)
         if entry is None:
             return None
@@ -257,7 +260,7 @@ class Catalog:
             raise MalformedError("its name cannot be a container id")
         form, document, state_key = _read_state(directory)
         state = form.parse(container_id, document)
-        spec_path = _spec_path(directory, state.bundle)
+        spec_path = _spec_path(str(directory), state.bundle)
         annotations, spec_key = self._annotations(directory, spec_path)
         return _Entry(
             id=container_id,
@@ -266,7 +269,8 @@ class Catalog:
             directory=directory,
             state=state,
             annotations=annotations,
-            keys=(directory / form.file_name, state_key, spec_path, spec_key),
+            keys=(f"{directory}/{form.file_name}", state_key, spec_path, spec_key),
+            exec_fifo=f"{directory}/{EXEC_FIFO}",
         )
 
     def _runtime(self, root: RuntimeRoot, form: Format) -> OciRuntime:
@@ -276,7 +280,7 @@ class Catalog:
             raise MalformedError(f"no program is known for the runtime {shown(name)}")
         return OciRuntime(name, path, root.dir)
 
-    def _annotations(self, directory: Path, spec_path: Path) -> tuple[Mapping[str, str], FileKey | None]:
+    def _annotations(self, directory: Path, spec_path: str) -> tuple[Mapping[str, str], FileKey | None]:
         """Return a bundle's annotations; without a config.json a container can still be listed."""
         try:
             spec, key = self._read_spec(spec_path)
@@ -287,10 +291,10 @@ class Catalog:
         texts = given.items() if isinstance(given, Mapping) else ()
         return {name: value for name, value in texts if isinstance(value, str)}, key
 
-    def _read_spec(self, path: Path) -> tuple[Mapping[str, Any], FileKey]:
+    def _read_spec(self, path: str) -> tuple[Mapping[str, Any], FileKey]:
         kept = self._specs.pop(path, None)
         if kept is None or key_of(path) != kept[0]:
-            spec, key = read_json(path, limit=MAX_SPEC, follow=True)
+            spec, key = read_json(Path(path), limit=MAX_SPEC, follow=True)
             kept = (key, spec)
         # Put back last: a dict keeps its order, and what was not used for longest is first.
         self._specs[path] = kept
@@ -325,7 +329,7 @@ def _status(entry: _Entry) -> ContainerStatus:
         return ContainerStatus.EXITED
     if proc.frozen(entry.state.init.pid):
         return ContainerStatus.PAUSED
-    if _key_or_none(entry.directory / EXEC_FIFO) is not None:
+    if _key_or_none(entry.exec_fifo) is not None:
         return ContainerStatus.CREATED
     return ContainerStatus.RUNNING
 
@@ -340,13 +344,13 @@ def _read_state(directory: Path) -> tuple[Format, dict[str, Any], FileKey]:
     raise MalformedError(f"it has none of {', '.join(form.file_name for form in FORMATS)}")
 
 
-def _spec_path(directory: Path, bundle: Path) -> Path:
+def _spec_path(directory: str, bundle: Path) -> str:
     """Return crun's copy of the configuration if there is one, else the bundle's own."""
-    copy = directory / "config.json"
-    return copy if _key_or_none(copy) is not None else bundle / "config.json"
+    copy = f"{directory}/config.json"
+    return copy if _key_or_none(copy) is not None else f"{bundle}/config.json"
 
 
-def _key_or_none(path: Path) -> FileKey | None:
+def _key_or_none(path: str | Path) -> FileKey | None:
     try:
         return key_of(path)
     except (NotFound, Internal):

@@ -1,14 +1,13 @@
 """The process.json of an exec: the container's own `process`, with named overrides.
 
 The theory. An exec must not be freer than the container. So nothing is built from scratch: the result starts
-as a deep copy of the container's `process`, and everything that has no override here is inherited, known or
+as a copy of the container's `process`, and everything that has no override here is inherited, known or
 unknown to us: noNewPrivileges, rlimits, apparmorProfile, selinuxLabel, oomScoreAdj, scheduler, ioPriority.
 (seccomp is part of the container's own configuration, where the runtime finds it.) Overridden are the
 arguments, the directory, the terminal, the environment, the user, and, only when that user is another than
 the container's or when Privileged was asked for, the capabilities.
 """
 
-import copy
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,10 +56,11 @@ def build_process(
 ) -> dict[str, Any]:
     """Return the process.json of an exec, ready for `json.dumps`.
 
-    `container_process` is `process` of the container's config.json, which is not changed; any part of it may
-    be missing. `console_size` counts only with a TTY; `all_capabilities` are what Privileged means.
+    `container_process` is `process` of the container's config.json, any part of which may be missing. It is not
+    changed, and the result shares its parts. `console_size` counts only with a TTY; `all_capabilities` are what
+    Privileged means.
     """
-    process = copy.deepcopy(dict(container_process))
+    process = dict(container_process)  # what is inside is shared, and replaced where it differs
     # The container's terminal is not ours, and commandLine is the arguments in the Windows form.
     for name in ("consoleSize", "commandLine"):
         process.pop(name, None)

@@ -2,9 +2,9 @@
 
 The order of things, and why (facts: conmon 2.1.6's `src/conmon.c`):
 
-1. `prepare` makes the session's directory with process.json, the pipes, and spawns conmon, which blocks in a read
-   of the *start pipe*. Whatever this host cannot give (descriptors, processes, space) has failed by now, while the
-   caller can still answer with a status.
+1. `prepare` makes the session's directory and the pipes and spawns conmon, which blocks in a read of the *start
+   pipe*; then it writes process.json. Whatever this host cannot give (descriptors, processes, space) has failed by
+   now, while the caller can still answer with a status.
 2. With a TTY conmon gets one byte now, opens its attach socket, says so on the *attach pipe*, and blocks again.
 3. The caller puts the head of its answer on the wire.
 4. `start` lets conmon go: the runtime runs, and the pid comes over the *sync pipe*, or the pipe ends: the start
@@ -36,7 +36,7 @@ import resource
 import shutil
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,9 @@ _STUCK_AFTER = 2.0
 
 _MONITOR_GRACE = 5.0
 """Seconds that conmon gets to end after its process; it needs milliseconds."""
+
+_FILES = ("process.json", "pid", "held", "oci-log", "ctl", "winsz", "attach")
+"""What a session's directory holds, beside the directory of the exit file."""
 
 _HELD = "held"
 """The file that says which of conmon's descriptors are the output pipes, as {stream: number}."""
@@ -124,27 +127,33 @@ class ConmonRuntime:
         # As it is now: the service may raise its own later, and a container without one must not inherit that.
         self._nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def prepare(self, request: ExecRequest) -> "ConmonExec":
-        """Make everything ready for `request`, up to the last step. Unavailable when the host cannot."""
+    async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> "ConmonExec":
+        """Make everything ready for `request`, up to the last step. Unavailable when the host cannot.
+
+        `intend` is called when the host has given what it takes, and before there is anything to run: process.json
+        is written after it. A service that dies in between leaves a conmon whose runtime finds no process.
+        """
         directory = session_directory(self._directory, request.session_id)
         try:
-            _make_directory(directory, request.process)
+            directory.mkdir(mode=0o700)
             with contextlib.ExitStack() as ours:
                 ours.callback(shutil.rmtree, directory, ignore_errors=True)
                 execution = self._spawn(request, directory, ours)
                 ours.pop_all()
         except OSError as error:
-            raise Unavailable(
-                "the host cannot start another process now",
-                hint=f"preparing an exec in {directory}: {error}",
-            ) from error
+            raise _out_of_resources(directory, error) from error
         try:
+            # conmon initialises meanwhile, on another processor.
+            intend()
+            _write_files(directory, request.process, execution.streams)
             if request.tty and request.attached:
                 await asyncio.wait_for(execution.connect(), self._start_timeout)
         except BaseException as error:
             await execution.abort()
-            if isinstance(error, TimeoutError | OSError):
+            if isinstance(error, TimeoutError | ConnectionError):
                 raise Unavailable("the monitor did not answer", hint=f"conmon in {directory}: {error!r}") from error
+            if isinstance(error, OSError):
+                raise _out_of_resources(directory, error) from error
             raise
         return execution
 
@@ -172,9 +181,7 @@ class ConmonRuntime:
             # else this process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
             moves = [(fd, target) for target, fd in enumerate(stdio)]
             moves += [(pipe.fileno(), pipe.fileno()) for pipe in (sync_write, start_read, attach_write)]
-            held = {o.stream: o.fileno() for o in streams.outputs if isinstance(o, PipeOutput)}
-            moves += [(fd, fd) for fd in held.values()]
-            (directory / _HELD).write_text(json.dumps(held), encoding="ascii")
+            moves += [(fd, fd) for fd in _held(streams).values()]
             pid = os.posix_spawn(
                 self._conmon,
                 self._arguments(request, directory),
@@ -355,7 +362,7 @@ class ConmonExec:
         """Step 6: leave nothing behind: no descriptor, no directory, no monitor."""
         self.leave()
         await self._monitor.gone(_MONITOR_GRACE)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        _remove_directory(self._directory)
 
     async def abort(self) -> None:
         """Kill a start that is under way, the runtime included, and dispose of it."""
@@ -425,7 +432,7 @@ class AdoptedExec:
     async def dispose(self) -> None:
         """Remove what is left of it. Its monitor is no child of ours and ends by itself."""
         self.leave()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        _remove_directory(self._directory)
 
     async def abort(self) -> None:
         """There is no start to undo."""
@@ -582,13 +589,38 @@ def _pid_file_identity(directory: Path) -> ProcessIdentity | None:
         return None
 
 
-def _make_directory(directory: Path, process: Mapping[str, Any]) -> None:
-    directory.mkdir(mode=0o700)
+def _out_of_resources(directory: Path, error: OSError) -> Unavailable:
+    return Unavailable("the host cannot start another process now", hint=f"preparing an exec in {directory}: {error}")
+
+
+def _held(streams: ExecStreams) -> dict[int, int]:
+    """Return the output pipes that conmon keeps open, as {stream: descriptor}; the number is the same there."""
+    return {output.stream: output.fileno() for output in streams.outputs if isinstance(output, PipeOutput)}
+
+
+def _write_files(directory: Path, process: Mapping[str, Any], streams: ExecStreams) -> None:
+    """Write what conmon and its runtime read once they are let go, and what the next service reads."""
     (directory / "exit").mkdir(mode=0o700)
+    (directory / _HELD).write_text(json.dumps(_held(streams)), encoding="ascii")
     fd = os.open(directory / "process.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:  # noqa: PTH123  (a descriptor, not a path)
         # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
         file.write(json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
+
+
+def _remove_directory(directory: Path) -> None:
+    """Remove a session's directory: what we know to be in it, and if that was not all, whatever it holds."""
+    text = str(directory)
+    for name in _FILES:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{text}/{name}")  # noqa: PTH108  (Path costs more than the system call)
+    try:
+        for name in os.listdir(f"{text}/exit"):  # noqa: PTH208
+            os.unlink(f"{text}/exit/{name}")  # noqa: PTH108
+        os.rmdir(f"{text}/exit")  # noqa: PTH106
+        os.rmdir(text)  # noqa: PTH106
+    except OSError:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _pipe(

@@ -2,8 +2,8 @@
 
 The order that everything rests on:
 
-1. the record says `starting` before a monitor exists (intent before effect);
-2. the monitor is prepared, so that what the host cannot give is refused with a status;
+1. the monitor is prepared, so that what the host cannot give is refused with a status;
+2. the record says `starting` before the monitor has anything that it could run (intent before effect);
 3. the client's connection is taken over: the head of the answer is on the wire;
 4. the process starts; the record says `running`;
 5. when all output is delivered and the exit code is known, the record says `stopped`;
@@ -76,8 +76,8 @@ class Execution(Protocol):
 class Runtime(Protocol):
     """What runs processes in containers."""
 
-    async def prepare(self, request: ExecRequest) -> Execution:
-        """Make everything ready but the last step; Unavailable."""
+    async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> Execution:
+        """Make everything ready but the last step; call `intend` before anything could run. Unavailable."""
 
     def adopt(self, session: ExecSession) -> Execution:
         """Take back a process that an earlier service started."""
@@ -278,14 +278,21 @@ class SessionManager:
             del self._unsaved[session_id]
         for session_id in [known for known in self._early_sizes if self._store.get(known) is None]:
             del self._early_sizes[session_id]
-        return self._store.forget(
-            stopped_before=now - self._limits.retention, created_before=now - self._limits.created_lifetime
-        )
+        retention, lifetime = self._limits.retention, self._limits.created_lifetime
+
+        def old(session: ExecSession) -> bool:
+            if session.finished_at is not None:
+                return session.finished_at < now - retention
+            return session.created_at < now - lifetime
+
+        return self._store.forget(old)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
     async def _resolve_user(self, container: Container, user: str) -> ResolvedUser:
         default = container_user(self._containers.spec(container).get("process", {}))
+        if not user:  # most execs. HOME, where the container's environment has none, is set by the runtime
+            return default
         assert container.init is not None
         # Off the event loop: a container can make its own file system slow.
         passwd, group = await asyncio.to_thread(self._read_accounts, container.init.pid)
@@ -312,32 +319,36 @@ class SessionManager:
         if session.state is not SessionState.CREATED:
             raise _already_started(session)
         config = session.config
-        size = size or self._early_sizes.pop(session.id, None) or config.console_size
         process = build_process(
             self._containers.spec(container)["process"],
             config,
             session.user,
-            console_size=size,
+            console_size=size or self._early_sizes.get(session.id) or config.console_size,
             all_capabilities=self._all_capabilities,
         )
-        try:
+        live = _Live(None)
+
+        def intend() -> None:
+            nonlocal session
             session = self._store.move(session, replace(session, state=SessionState.STARTING, started_at=time.time()))
+            self._early_sizes.pop(session.id, None)
+            self._live[session.id] = live
+
+        request = ExecRequest(
+            session_id=session.id,
+            container=container,
+            process=process,
+            stdin=attach and config.attach_stdin,
+            stdout=attach and config.attach_stdout,
+            stderr=attach and config.attach_stderr,
+        )
+        try:
+            live.execution = await self._runtime.prepare(request, intend)
         except StateChanged:
             raise _already_started(self.inspect(session_id)) from None
-        live = self._live[session.id] = _Live(None)
-        try:
-            live.execution = await self._runtime.prepare(
-                ExecRequest(
-                    session_id=session.id,
-                    container=container,
-                    process=process,
-                    stdin=attach and config.attach_stdin,
-                    stdout=attach and config.attach_stdout,
-                    stderr=attach and config.attach_stderr,
-                )
-            )
         except BaseException as error:
-            self._failed(session, StartFailed(str(error), 128))
+            if self._live.get(session.id) is live:  # else nothing was begun, and it may be started again
+                self._failed(session, StartFailed(str(error), 128))
             raise
         return session, live, live.execution
 

@@ -55,12 +55,22 @@ class Pump:
         """Pump until the process has ended and every output too, at most `drain` seconds after `exited` is done."""
         self._feeding = asyncio.ensure_future(self._feed())
         tasks = [asyncio.ensure_future(self._forward(output)) for output in self._streams.outputs]
-        deadline = asyncio.ensure_future(self._cut_after(exited, drain))
+        cut: asyncio.TimerHandle | None = None
+
+        def arm(_exited: asyncio.Future[Any]) -> None:
+            nonlocal cut
+            cut = asyncio.get_running_loop().call_later(drain, self._cut)
+
+        exited.add_done_callback(arm)
         try:
             await asyncio.gather(*tasks)
-            await asyncio.wait([exited])
+            if not exited.done():
+                await asyncio.wait([exited])
         finally:
-            for task in (helpers := [*tasks, deadline, self._feeding]):
+            exited.remove_done_callback(arm)
+            if cut is not None:
+                cut.cancel()
+            for task in (helpers := [*tasks, self._feeding]):
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
 
@@ -74,9 +84,7 @@ class Pump:
                     if self._feeding is not None:
                         self._feeding.cancel()
 
-    async def _cut_after(self, exited: asyncio.Future[Any], drain: float) -> None:
-        await asyncio.wait([exited])
-        await asyncio.sleep(drain)
+    def _cut(self) -> None:
         for output in self._streams.outputs:
             output.cut()
 

@@ -4,11 +4,16 @@ The lifecycle is enforced here, by compare-and-set: `UPDATE … WHERE id = ? AND
 changed underneath has lost the race and is told so. The calls are synchronous on purpose: the file is on a tmpfs,
 a statement takes some 20 µs, and a hop to a thread would cost more than it saves.
 
+Reading costs nothing: every record is also kept in memory, written through. The file is for the next service, and
+for those who look from outside. Should another process have changed it all the same, the compare-and-set notices,
+and the record is read anew.
+
 A reboot forgets every session: the file remembers the boot it was written in and starts anew in another one.
 """
 
+import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +22,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from execgate.model.errors import Conflict, Internal, Unavailable
 from execgate.model.ids import ContainerId, SessionId
-from execgate.model.session import TRANSITIONS, ExecSession, SessionState
+from execgate.model.session import TRANSITIONS, ExecSession
 
-_SCHEMA_VERSION = 1
+log = logging.getLogger(__name__)
+
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE boot (id TEXT NOT NULL);
 CREATE TABLE session (
-    id           TEXT PRIMARY KEY,
-    container_id TEXT NOT NULL,
-    state        TEXT NOT NULL,
-    created_at   REAL NOT NULL,
-    finished_at  REAL,
-    record       TEXT NOT NULL
+    id         TEXT PRIMARY KEY,
+    state      TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    record     TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX session_by_container ON session (container_id, state);
-CREATE INDEX session_by_end ON session (state, finished_at, created_at);
 """
 _BUSY_TIMEOUT = 2.0
 _RECORD = TypeAdapter(ExecSession)
@@ -46,10 +49,19 @@ class SessionStore:
 
     def __init__(self, path: Path, *, boot_id: str) -> None:
         self._path = path
+        self._known: dict[SessionId, ExecSession] = {}
+        self._by_container: dict[ContainerId, dict[SessionId, ExecSession]] = {}
         with _translated(path):
             self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None)
             path.chmod(0o600)
             self._prepare(boot_id)
+            rows = self._db.execute("SELECT id, record FROM session ORDER BY created_at").fetchall()
+        for session_id, record in rows:
+            try:
+                self._remember(_load(path, record))
+            except Internal as error:  # one that nobody can read is nobody's: it must not keep the service down
+                log.error("a session's record is dropped: %s (%s)", session_id[:12], error.hint)
+                self._delete([SessionId(session_id)])
 
     def close(self) -> None:
         """Close the file."""
@@ -60,24 +72,16 @@ class SessionStore:
         with _translated(self._path):
             try:
                 self._db.execute(
-                    "INSERT INTO session VALUES (?, ?, ?, ?, ?, ?)",
-                    (
-                        session.id,
-                        session.container.container_id,
-                        session.state,
-                        session.created_at,
-                        None,
-                        _dump(session),
-                    ),
+                    "INSERT INTO session VALUES (?, ?, ?, ?)",
+                    (session.id, session.state, session.created_at, _dump(session)),
                 )
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"exec session {session.id} exists already") from error
+        self._remember(session)
 
     def get(self, session_id: SessionId) -> ExecSession | None:
         """Return the session, or None."""
-        with _translated(self._path):
-            row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
-        return None if row is None else _load(self._path, row[0])
+        return self._known.get(session_id)
 
     def move(self, before: ExecSession, after: ExecSession) -> ExecSession:
         """Take the session from `before.state` to `after.state` and keep `after`.
@@ -91,41 +95,61 @@ class SessionStore:
             after = replace(after, config=replace(after.config, env=()))
         with _translated(self._path):
             changed = self._db.execute(
-                "UPDATE session SET state = ?, finished_at = ?, record = ? WHERE id = ? AND state = ?",
-                (after.state, after.finished_at, _dump(after), before.id, before.state),
+                "UPDATE session SET state = ?, record = ? WHERE id = ? AND state = ?",
+                (after.state, _dump(after), before.id, before.state),
             ).rowcount
         if not changed:
+            self._reread(before.id)
             raise StateChanged(f"exec session {before.id} is no longer {before.state}")
+        self._remember(after)
         return after
 
     def count(self) -> int:
         """Return how many sessions are known."""
-        with _translated(self._path):
-            return int(self._db.execute("SELECT count(*) FROM session").fetchone()[0])
+        return len(self._known)
 
-    def all(self) -> Iterator[ExecSession]:
-        """Yield every session, oldest first."""
-        with _translated(self._path):
-            rows = self._db.execute("SELECT record FROM session ORDER BY created_at").fetchall()
-        for (record,) in rows:
-            yield _load(self._path, record)
+    def all(self) -> Sequence[ExecSession]:
+        """Return every session, oldest first."""
+        return list(self._known.values())
+
+    def of_container(self, container_id: ContainerId) -> Sequence[ExecSession]:
+        """Return the sessions of a container, oldest first."""
+        return list(self._by_container.get(container_id, {}).values())
 
     def running_in(self, container_id: ContainerId) -> list[SessionId]:
         """Return the ids of the sessions that run in a container."""
-        with _translated(self._path):
-            rows = self._db.execute(
-                "SELECT id FROM session WHERE container_id = ? AND state IN (?, ?) ORDER BY created_at",
-                (container_id, SessionState.STARTING, SessionState.RUNNING),
-            ).fetchall()
-        return [SessionId(row[0]) for row in rows]
+        return [session.id for session in self.of_container(container_id) if session.running]
 
-    def forget(self, *, stopped_before: float, created_before: float) -> int:
-        """Drop what ended, or was created and never started, before these times (seconds since the epoch)."""
+    def forget(self, old: Callable[[ExecSession], bool]) -> int:
+        """Drop the sessions that are created or stopped and that `old` is true of; return how many those were."""
+        ids = [session.id for session in self._known.values() if not session.running and old(session)]
+        self._delete(ids)
+        return len(ids)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _remember(self, session: ExecSession) -> None:
+        self._known[session.id] = session
+        self._by_container.setdefault(session.container.container_id, {})[session.id] = session
+
+    def _delete(self, ids: Sequence[SessionId]) -> None:
+        if not ids:
+            return
+        with _translated(self._path), self._db:  # which commits, or rolls back
+            self._db.execute("BEGIN")
+            self._db.executemany("DELETE FROM session WHERE id = ?", [(one,) for one in ids])
+        for session_id in ids:
+            if (session := self._known.pop(session_id, None)) is not None:
+                siblings = self._by_container[session.container.container_id]
+                del siblings[session_id]
+                if not siblings:
+                    del self._by_container[session.container.container_id]
+
+    def _reread(self, session_id: SessionId) -> None:
         with _translated(self._path):
-            return self._db.execute(
-                "DELETE FROM session WHERE (state = ? AND finished_at < ?) OR (state = ? AND created_at < ?)",
-                (SessionState.STOPPED, stopped_before, SessionState.CREATED, created_before),
-            ).rowcount
+            row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
+        if row is not None:
+            self._remember(_load(self._path, row[0]))
 
     def _prepare(self, boot_id: str) -> None:
         # WAL lets `execgate sessions` read beside the service; nothing here has to survive a power cut.

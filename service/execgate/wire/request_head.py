@@ -35,6 +35,7 @@ from execgate.wire.http_grammar import (
     field_values,
     parse_chunk_size,
     parse_field,
+    parse_plain_head,
     parse_request_line,
     parse_trailer,
 )
@@ -189,7 +190,9 @@ class RequestSplitter:
 
     # The steps. Each reads the buffer from `_accepted` on and returns an event, NeedData, or None: go on.
 
-    def _start_line(self) -> NeedData | None:
+    def _start_line(self) -> Head | NeedData | None:
+        if not self._searched and (head := self._plain_head()):
+            return head
         line = self._line(MAX_REQUEST_LINE, 414, "the request line is too long")
         if line is None:
             return NeedData()
@@ -202,6 +205,14 @@ class RequestSplitter:
         if self._empty_lines > MAX_EMPTY_LINES:
             raise BadRequest(400, "empty lines in place of a request")
         return None
+
+    def _plain_head(self) -> Head | None:
+        """Take a head that is here as a whole, and simple, at one go."""
+        parsed = parse_plain_head(self._buffer, self._accepted, MAX_HEAD, MAX_REQUEST_LINE)
+        if parsed is None or len(parsed[1]) > MAX_FIELDS:
+            return None
+        self._request, self._fields, self._accepted = parsed
+        return self._head()
 
     def _header_field(self) -> Head | NeedData | None:
         line = self._line(MAX_HEAD - self._accepted, 431, "the request head is too large")

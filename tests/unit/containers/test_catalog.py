@@ -435,8 +435,7 @@ def test_without_descriptors_nothing_is_declared_absent(
     def exhausted(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    target: Any = Path if where == "stat" else os
-    monkeypatch.setattr(target, where, exhausted)
+    monkeypatch.setattr(os, where, exhausted)
     for look in (catalog.list, lambda: catalog.get(ContainerId("demo")), lambda: catalog.find("de")):
         with pytest.raises(Unavailable):
             look()

@@ -71,14 +71,6 @@ def test_everything_without_an_override_is_inherited() -> None:
     assert "commandLine" not in made
 
 
-def test_the_result_shares_nothing_with_the_container() -> None:
-    made = build()
-    made["rlimits"][0]["soft"] = 99
-    made["aFieldOfTheFuture"]["nested"].append(2)
-    assert CONTAINER["rlimits"][0]["soft"] == 1
-    assert CONTAINER["aFieldOfTheFuture"]["nested"] == [1]
-
-
 def test_a_bundle_with_nothing_in_it() -> None:
     assert build(container={}, user=ResolvedUser(uid=0, gid=0, additional_gids=(0,), home="/")) == {
         "args": ["true"],

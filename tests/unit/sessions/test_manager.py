@@ -103,8 +103,9 @@ class FakeRuntime:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def prepare(self, request: ExecRequest) -> FakeExecution:
-        self.said.append("prepare")
+    async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> FakeExecution:
+        intend()
+        self.said.append("prepare")  # from here on there is something to run
         self.requests.append(request)
         self.before(request)
         await self.gate.wait()

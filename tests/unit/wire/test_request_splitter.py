@@ -476,7 +476,8 @@ def test_every_byte_is_searched_once(size: int) -> None:
     events = split([raw[start : start + size] for start in range(0, len(raw), size)], splitter)
     assert sum(isinstance(event, End) for event in events) == 4
     assert buffer.cut_off == len(raw)
-    assert len(raw) * 0.9 < buffer.searched <= len(raw)
+    looked_at = len(raw) if size < len(head) else 2 * len(body)  # a whole head is matched, not searched
+    assert looked_at * 0.9 < buffer.searched <= looked_at
 
 
 # Lies about where a request ends (RFC 9112 11.2, request smuggling), and bytes that have no place in one.
