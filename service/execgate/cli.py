@@ -12,6 +12,7 @@ from typing import Any
 
 from execgate import __version__, app, logs
 from execgate.config import Config, load
+from execgate.engine import DATABASE, catalog_of
 from execgate.model.errors import ExecgateError, InvalidArgument
 from execgate.model.session import ExecSession
 from execgate.sessions.store import read_sessions
@@ -120,7 +121,7 @@ def _run(main_task: Coroutine[Any, Any, None], choice: str) -> None:
 
 
 def _containers(config: Config, arguments: argparse.Namespace) -> int:
-    catalog = app.catalog_of(config)
+    catalog = catalog_of(config)
     found = catalog.list()
     if arguments.json:
         keys = ("Id", "Name", "Runtime", "Status", "Pid", "Bundle")
@@ -137,7 +138,7 @@ def _containers(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _sessions(config: Config, arguments: argparse.Namespace) -> int:
-    found = read_sessions(config.state_dir / app.DATABASE)
+    found = read_sessions(config.state_dir / DATABASE)
     if arguments.json:
         print(json.dumps([_session(session) for session in found], indent=2))
     else:

@@ -69,6 +69,13 @@ class Config(BaseModel):
     created_lifetime_seconds: _Seconds = 3600.0
     start_timeout_seconds: _Seconds = 30.0
     drain_seconds: _Seconds = 2.0
+    stop_timeout_seconds: Annotated[float, Field(ge=0, le=86400)] = 10.0
+    timeout_grace_seconds: Annotated[float, Field(ge=0, le=86400)] = 5.0
+    max_created: Annotated[int, Field(ge=1, le=1_000_000)] = 5_000
+    max_sessions_per_container: Annotated[int, Field(ge=1, le=1_000_000)] = 5_000
+    parallel_starts: Annotated[int, Field(ge=1, le=10_000)] = 64
+    queued_starts: Annotated[int, Field(ge=0, le=1_000_000)] = 2_000
+    capture_bytes: Annotated[int, Field(ge=64 * 1024, le=16 * 2**30)] = 16 * 2**20
 
     @field_validator("listen")
     @classmethod

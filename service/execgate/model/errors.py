@@ -33,7 +33,11 @@ class TooLarge(ExecgateError):
 
 
 class Exhausted(ExecgateError):
-    """A configured cap is reached; the caller may try again later."""
+    """A configured cap is reached; the caller may try again in about `retry_after` seconds."""
+
+    def __init__(self, message: str, *, hint: str = "", retry_after: int = 1) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after = retry_after
 
 
 class Unavailable(ExecgateError):

@@ -51,6 +51,7 @@ class ExitSource(StrEnum):
     EXIT_FILE = "exit-file"
     PIDFD = "pidfd"
     START_FAILURE = "start-failure"
+    TIMEOUT = "timeout"
     UNKNOWN = "unknown"
 
 
@@ -72,13 +73,22 @@ class ExitStatus:
 UNKNOWN_EXIT = ExitStatus(UNKNOWN_EXIT_CODE, ExitSource.UNKNOWN)
 
 
+@dataclass(frozen=True, slots=True)
+class ByteCounts:
+    """Bytes that passed through the service, in and out. All output of a terminal is stdout."""
+
+    stdin: int = 0
+    stdout: int = 0
+    stderr: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecSession:
     """The record of one session; every change makes a new one.
 
     Times are seconds since the epoch. `process` and `monitor` (conmon) are set while they are known to exist or
-    have existed; `exit` is set exactly when `state` is stopped. `error` is why a start failed. `container_labels`
-    are those of the container at create: events show them.
+    have existed; `exit` is set exactly when `state` is stopped. `error` is why a start failed. `transferred` is
+    what had passed at the end. `container_labels` are those of the container at create: events show them.
     """
 
     id: SessionId
@@ -93,6 +103,8 @@ class ExecSession:
     monitor: ProcessIdentity | None = None
     exit: ExitStatus | None = None
     error: str = ""
+    timed_out: bool = False
+    transferred: ByteCounts = ByteCounts()
     container_labels: Mapping[str, str] = field(default_factory=dict)
 
     @property

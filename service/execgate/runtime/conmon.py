@@ -29,8 +29,10 @@ All of it is bounded: `start` by `start_timeout`, the rest by the life of the pr
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -58,6 +60,7 @@ from execgate.runtime.streams import (
     PipeInput,
     PipeOutput,
 )
+from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.wire import stdcopy
 from execgate.wire.sync_pipe import SyncLines, SyncMessage
 
@@ -79,6 +82,14 @@ _HELD = "held"
 _RESIZE_INTERVAL = 0.02
 """Seconds between two sizes for one terminal."""
 
+_TIMEOUT_MARGIN = 2
+"""Seconds that conmon's own timeout comes later than ours, which is gentler and knows more."""
+
+_TIMED_OUT = "command timed out"
+"""What conmon says when its own timeout ended the process (`TIMED_OUT_MESSAGE`)."""
+
+_KILLED_BY_MONITOR = ExitStatus(128 + signal.SIGKILL, ExitSource.TIMEOUT)
+
 _REAP_ATTEMPTS = 20
 _REAP_INTERVAL = 0.05
 
@@ -88,7 +99,11 @@ CONSOLE_SOCKET_NAME = "/conmon-term.XXXXXX"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecRequest:
-    """One process to run: where, what (the runtime's process.json), and which streams somebody will hold."""
+    """One process to run: where, what (the runtime's process.json), and which streams somebody will hold.
+
+    `timeout` is the seconds after which conmon ends it, whoever else is there. `preserved` are descriptors of ours
+    that the process gets as 3, 4, ….
+    """
 
     session_id: SessionId
     container: Container
@@ -96,6 +111,8 @@ class ExecRequest:
     stdin: bool = False
     stdout: bool = False
     stderr: bool = False
+    timeout: float | None = None
+    preserved: tuple[int, ...] = ()
 
     @property
     def tty(self) -> bool:
@@ -120,8 +137,9 @@ class ConmonRuntime:
     a process before it and everything it began is killed.
     """
 
-    def __init__(self, *, conmon: Path, directory: Path, start_timeout: float) -> None:
+    def __init__(self, *, conmon: Path, directory: Path, start_timeout: float, cgroups: SessionCgroups) -> None:
         self._conmon = conmon
+        self._cgroups = cgroups
         self._directory = directory
         self._start_timeout = start_timeout
         # As it is now: the service may raise its own later, and a container without one must not inherit that.
@@ -144,8 +162,9 @@ class ConmonRuntime:
             raise _out_of_resources(directory, error) from error
         try:
             # conmon initialises meanwhile, on another processor.
+            self._cgroups.add(request.session_id, execution.monitor_pid)
             intend()
-            _write_files(directory, request.process, execution.streams)
+            _write_files(directory, request.process, execution.held)
             if request.tty and request.attached:
                 await asyncio.wait_for(execution.connect(), self._start_timeout)
         except BaseException as error:
@@ -159,7 +178,11 @@ class ConmonRuntime:
 
     def adopt(self, session: ExecSession) -> "AdoptedExec":
         """Take back a process that an earlier service started."""
-        return AdoptedExec(session_directory(self._directory, session.id), session.process, session.monitor)
+        return AdoptedExec(session_directory(self._directory, session.id), session, self._cgroups)
+
+    def sweep(self) -> None:
+        """Clear away the cgroups of sessions whose last background child has ended."""
+        self._cgroups.sweep()
 
     def _spawn(self, request: ExecRequest, directory: Path, ours: contextlib.ExitStack) -> "ConmonExec":
         """Make the pipes and spawn conmon. What is to be kept on success is pushed on `ours`."""
@@ -168,25 +191,29 @@ class ConmonRuntime:
             start_write, start_read = _pipe(ours, theirs, ours_writes=True)
             attach_read, attach_write = _pipe(ours, theirs)
             streams, stdio = _standard_streams(request, ours, theirs)
-            environment = {
-                "PATH": _CHILD_PATH,
-                "TMPDIR": str(directory),
-                "_OCI_SYNCPIPE": str(sync_write.fileno()),
-                "_OCI_STARTPIPE": str(start_read.fileno()),
-                "_OCI_ATTACHPIPE": str(attach_write.fileno()),
+            outputs = [output for output in streams.outputs if isinstance(output, PipeOutput)]
+            theirs_by_name = {
+                "_OCI_SYNCPIPE": sync_write,
+                "_OCI_STARTPIPE": start_read,
+                "_OCI_ATTACHPIPE": attach_write,
             }
+            # What conmon gets, in the order of the numbers that it gets there.
+            given = [*stdio, *request.preserved, *(pipe.fileno() for pipe in theirs_by_name.values())]
+            held = {output.stream: len(given) + index for index, output in enumerate(outputs)}
+            given += [output.fileno() for output in outputs]
+            first = len(stdio) + len(request.preserved)
+            environment = {name: str(first + index) for index, name in enumerate(theirs_by_name)}
+            environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
             if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
                 environment["XDG_RUNTIME_DIR"] = runtime_dir
-            # A descriptor "moved" onto itself loses its close-on-exec flag and keeps its number; everything
-            # else this process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
-            moves = [(fd, target) for target, fd in enumerate(stdio)]
-            moves += [(pipe.fileno(), pipe.fileno()) for pipe in (sync_write, start_read, attach_write)]
-            moves += [(fd, fd) for fd in _held(streams).values()]
+            # Copies above all the numbers that are given, so that none overwrites another. Everything else this
+            # process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
+            copies = [_copy_above(fd, len(given), theirs) for fd in given]
             pid = os.posix_spawn(
                 self._conmon,
                 self._arguments(request, directory),
                 environment,
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for fd, target in moves],
+                file_actions=[(os.POSIX_SPAWN_DUP2, copy, number) for number, copy in enumerate(copies)],
                 setsigmask=(),
                 # Python ignores SIGPIPE; a process that inherited that would outlive `yes | head`.
                 setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
@@ -201,7 +228,9 @@ class ConmonRuntime:
             start_pipe=start_write,
             attach_pipe=attach_read,
             streams=streams,
+            held=held,
             start_timeout=self._start_timeout,
+            cgroups=self._cgroups,
         )
 
     def _arguments(self, request: ExecRequest, directory: Path) -> list[str]:
@@ -217,6 +246,10 @@ class ConmonRuntime:
             arguments += ["--exec-attach"] if request.attached else []
         else:
             arguments += ["-l", "passthrough"]
+        if request.timeout is not None:
+            arguments += ["--timeout", str(math.ceil(request.timeout) + _TIMEOUT_MARGIN)]
+        if request.preserved:
+            arguments += ["--runtime-opt", f"--preserve-fds={len(request.preserved)}"]
         return [*arguments, "-e", "--exec-process-spec", str(directory / "process.json")]
 
 
@@ -233,9 +266,14 @@ class ConmonExec:
         start_pipe: Descriptor,
         attach_pipe: Descriptor,
         streams: ExecStreams,
+        held: Mapping[int, int],
         start_timeout: float,
+        cgroups: SessionCgroups,
     ) -> None:
         self.streams = streams
+        self.held = held
+        self.tree: ProcessTree | None = None
+        self._cgroups = cgroups
         self._request = request
         self._directory = directory
         self._monitor = monitor
@@ -255,6 +293,11 @@ class ConmonExec:
     def monitor(self) -> ProcessIdentity | None:
         """conmon itself."""
         return self._monitor.identity
+
+    @property
+    def monitor_pid(self) -> int:
+        """conmon's pid."""
+        return self._monitor.pid
 
     async def connect(self) -> None:
         """Step 2: let conmon open its attach socket and take the one connection to it."""
@@ -289,11 +332,14 @@ class ConmonExec:
             (self._directory / "process.json").unlink()  # it holds secrets
         self._process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
         self._pidfd = pidfd.open_pidfd(self._process)
+        self.tree = ProcessTree(self._cgroups, self._request.session_id, self._process)
         return self._process
 
     async def wait(self) -> ExitStatus:
         """Step 5: return how the process ended, and how we know."""
         message = await self._exit_message()
+        if message is not None and message.message == _TIMED_OUT:
+            return _KILLED_BY_MONITOR
         if message is not None and message.data is not None and message.data >= 0:
             return ExitStatus(message.data, ExitSource.SYNC_PIPE)
         if self._pidfd is not None and message is None:
@@ -362,6 +408,7 @@ class ConmonExec:
         """Step 6: leave nothing behind: no descriptor, no directory, no monitor."""
         self.leave()
         await self._monitor.gone(_MONITOR_GRACE)
+        self._cgroups.remove(self._request.session_id)
         _remove_directory(self._directory)
 
     async def abort(self) -> None:
@@ -397,12 +444,18 @@ class AdoptedExec:
     The pid was written by conmon into a file, if the record has none: the service died during the start.
     """
 
-    def __init__(self, directory: Path, process: ProcessIdentity | None, monitor: ProcessIdentity | None) -> None:
-        self.streams = _reopen(directory, monitor)
-        self.monitor = monitor
+    def __init__(self, directory: Path, session: ExecSession, cgroups: SessionCgroups) -> None:
+        self.streams = _reopen(directory, session.monitor)
+        self.monitor = session.monitor
+        self.tree: ProcessTree | None = None
+        self._session_id = session.id
         self._directory = directory
-        self._process = process or _pid_file_identity(directory)
-        self._pidfd = pidfd.open_pidfd(self._process) if self._process else None
+        self._cgroups = cgroups
+        self._process = session.process or _pid_file_identity(directory)
+        self._pidfd: Descriptor | None = None
+        if self._process is not None:
+            self._pidfd = pidfd.open_pidfd(self._process)
+            self.tree = ProcessTree(cgroups, session.id, self._process)
 
     async def start(self) -> ProcessIdentity:
         """It has been started. Internal when it never was."""
@@ -432,6 +485,7 @@ class AdoptedExec:
     async def dispose(self) -> None:
         """Remove what is left of it. Its monitor is no child of ours and ends by itself."""
         self.leave()
+        self._cgroups.remove(self._session_id)
         _remove_directory(self._directory)
 
     async def abort(self) -> None:
@@ -443,7 +497,7 @@ class _Monitor:
     """conmon, our child: reaped when it ends, killed with all its group when a start must be undone."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self.pid = self._pid = pid
         self._reaped = False
         self._identity: ProcessIdentity | None = None
         try:
@@ -593,15 +647,17 @@ def _out_of_resources(directory: Path, error: OSError) -> Unavailable:
     return Unavailable("the host cannot start another process now", hint=f"preparing an exec in {directory}: {error}")
 
 
-def _held(streams: ExecStreams) -> dict[int, int]:
-    """Return the output pipes that conmon keeps open, as {stream: descriptor}; the number is the same there."""
-    return {output.stream: output.fileno() for output in streams.outputs if isinstance(output, PipeOutput)}
+def _copy_above(fd: int, least: int, theirs: contextlib.ExitStack) -> int:
+    """Duplicate a descriptor to a number of at least `least`, to be closed by `theirs`."""
+    copy = Descriptor(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))
+    theirs.callback(copy.close)
+    return copy.fileno()
 
 
-def _write_files(directory: Path, process: Mapping[str, Any], streams: ExecStreams) -> None:
+def _write_files(directory: Path, process: Mapping[str, Any], held: Mapping[int, int]) -> None:
     """Write what conmon and its runtime read once they are let go, and what the next service reads."""
     (directory / "exit").mkdir(mode=0o700)
-    (directory / _HELD).write_text(json.dumps(_held(streams)), encoding="ascii")
+    (directory / _HELD).write_text(json.dumps(held), encoding="ascii")
     fd = os.open(directory / "process.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:  # noqa: PTH123  (a descriptor, not a path)
         # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were

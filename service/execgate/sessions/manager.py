@@ -1,4 +1,4 @@
-"""The sessions' whole life: create, start, resize, inspect, end.
+"""The sessions' whole life: create, start, attach, signal, resize, inspect, wait, end, remove.
 
 The order that everything rests on:
 
@@ -9,68 +9,40 @@ The order that everything rests on:
 5. when all output is delivered and the exit code is known, the record says `stopped`;
 6. only then the client's stream is closed: clients ask for the code at once, and read a missing one as 0.
 
-Each started session has one task of its own, owned here. A client's request waits for that task but is not it:
-when the client goes, the session goes on.
+The manager finds sessions, checks what may be done to them, and owns the bounds. What happens between the start and
+the end of one session is `live`'s; what is kept and told is the `ledger`'s.
 """
 
 import asyncio
-import contextlib
 import logging
+import shutil
+import signal as signals
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
+from execgate.containers import proc
+from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
-from execgate.model.errors import Conflict, ExecgateError, Exhausted, Internal, NotFound, StartFailed, Unavailable
-from execgate.model.events import Event
+from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
-from execgate.model.process import ProcessIdentity
-from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
+from execgate.model.session import ByteCounts, ExecSession, SessionState
 from execgate.oci.process import build_process, validate_config
 from execgate.oci.users import container_user, resolve_user
 from execgate.runtime.conmon import ExecRequest
-from execgate.runtime.streams import ExecStreams
+from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog
 from execgate.sessions.events import EventBus
-from execgate.sessions.pump import Client, Departure, Pump
+from execgate.sessions.gate import StartGate
+from execgate.sessions.ledger import Ledger
+from execgate.sessions.live import BOTH, AttachedClient, Execution, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
 log = logging.getLogger(__name__)
 
-
 _START_GRACE = 1.0
 """Seconds that starts under way get when the service stops."""
-
-
-class Execution(Protocol):
-    """One process, prepared (`runtime.conmon.ConmonExec`)."""
-
-    @property
-    def streams(self) -> ExecStreams:
-        """What of it is attached."""
-
-    @property
-    def monitor(self) -> ProcessIdentity | None:
-        """Its monitor."""
-
-    async def start(self) -> ProcessIdentity:
-        """Run it; StartFailed."""
-
-    async def wait(self) -> ExitStatus:
-        """Return how it ended."""
-
-    def resize(self, size: ConsoleSize) -> None:
-        """Set its terminal's size."""
-
-    async def dispose(self) -> None:
-        """Leave nothing of it behind."""
-
-    async def abort(self) -> None:
-        """Undo a start that has not happened."""
-
-    def leave(self) -> None:
-        """Let go of it without ending it."""
 
 
 class Runtime(Protocol):
@@ -81,6 +53,9 @@ class Runtime(Protocol):
 
     def adopt(self, session: ExecSession) -> Execution:
         """Take back a process that an earlier service started."""
+
+    def sweep(self) -> None:
+        """Clear away what only now is not needed any more."""
 
 
 class Containers(Protocol):
@@ -101,33 +76,31 @@ class Containers(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds of the manager, in seconds where not said otherwise.
+    """Bounds of the manager; times are seconds.
 
     `drain`: how long a background child may hold the output open. `retention`: how long a session can be inspected
-    after its end. `created_lifetime`: how long one may wait for its start. `sessions`: how many are known at most.
+    after its end. `created_lifetime`: how long one may wait for its start. `stop_timeout`: between SIGTERM and SIGKILL
+    when a stop says nothing else; `timeout_grace`: the same when a session's own time is over. `sessions`: how many
+    are known at most; `created`: how many of them may wait for their start; `container_sessions`: how many may be
+    created or running in one container. `parallel_starts` run at once, `queued_starts` wait for their turn. `capture`:
+    bytes of output kept of one session.
     """
 
     drain: float = 2.0
     retention: float = 600.0
     created_lifetime: float = 3600.0
+    stop_timeout: float = 10.0
+    timeout_grace: float = 5.0
     sessions: int = 10_000
+    created: int = 5_000
+    container_sessions: int = 5_000
+    parallel_starts: int = 64
+    queued_starts: int = 2_000
+    capture: int = 16 * 1024 * 1024
 
 
 class AlreadyStarted(Conflict):
     """A session is started once. Attached clients get this in the stream, as from dockerd."""
-
-
-class _Live:
-    """A session between its start and its end, as far as it is not in the record."""
-
-    __slots__ = ("begin", "execution", "size", "started", "task")
-
-    def __init__(self, size: ConsoleSize | None) -> None:
-        self.execution: Execution | None = None
-        self.size = size
-        self.started = False
-        self.begin: asyncio.Future[ExecSession] | None = None
-        self.task: asyncio.Task[None] | None = None
 
 
 class SessionManager:
@@ -143,30 +116,30 @@ class SessionManager:
         read_accounts: Callable[[int], tuple[bytes, bytes]],
         all_capabilities: Sequence[str],
         limits: Limits,
+        captures: Path,
     ) -> None:
+        """`captures` is the directory of captured output; it is made when it is needed."""
         self._containers = containers
         self._runtime = runtime
         self._store = store
-        self._events = events
+        self._ledger = Ledger(store, events)
         self._read_accounts = read_accounts
         self._all_capabilities = all_capabilities
         self._limits = limits
-        self._live: dict[SessionId, _Live] = {}
+        self._captures = captures
+        self._gate = StartGate(limits.parallel_starts, limits.queued_starts)
+        self._live: dict[SessionId, LiveSession] = {}
+        self._backlogs: dict[SessionId, CaptureBacklog] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
-        self._unsaved: dict[SessionId, tuple[ExecSession, ExecSession]] = {}
 
-    # -- create and inspect ---------------------------------------------------------------------------------------
+    # -- create and look ---------------------------------------------------------------------------------------------
 
     async def create(self, container_ref: str, config: ExecConfig) -> ExecSession:
         """Register an exec in a running container. NotFound, Conflict, InvalidArgument, Exhausted."""
         validate_config(config)
         container = running(self._containers.find(container_ref))
         user = await self._resolve_user(container, config.user)
-        if self._store.count() >= self._limits.sessions:
-            raise Exhausted(
-                f"{self._limits.sessions} exec sessions are known already; try again later",
-                hint="raise max_sessions, or lower retention_seconds",
-            )
+        self._check_room(container.id)
         session = ExecSession(
             id=new_session_id(),
             container=self._containers.binding(container),
@@ -176,56 +149,93 @@ class SessionManager:
             created_at=time.time(),
             container_labels=container.annotations,
         )
-        self._store.add(session)
-        self._publish(f"exec_create: {' '.join(config.args)}", session)
+        self._ledger.created(session)
         return session
 
     def inspect(self, session_id: str) -> ExecSession:
         """Return a session by its full id. NotFound."""
         known = parse_session_id(session_id)
-        if known in self._unsaved:
-            return self._unsaved[known][1]
-        session = self._store.get(known) if known else None
+        session = self._ledger.get(known) if known else None
         if session is None:
             raise NotFound(f"No such exec instance: {session_id[:64]}")
         return session
 
-    def running_in(self, container_id: ContainerId) -> list[SessionId]:
+    def list(
+        self,
+        container_ref: str | None = None,
+        *,
+        states: Collection[SessionState] = (),
+        labels: Mapping[str, str | None] | None = None,
+    ) -> Sequence[ExecSession]:
+        """Return the sessions, oldest first: of one container, in one of `states`, with all `labels` (None: any value).
+
+        NotFound for a container that is neither there nor known from a session.
+        """
+        sessions: Iterable[ExecSession]
+        sessions = self._ledger.all() if container_ref is None else self._of_container(container_ref)
+        return [
+            session
+            for session in sessions
+            if (not states or session.state in states)
+            and all(
+                name in session.config.labels and value in (None, session.config.labels[name])
+                for name, value in (labels or {}).items()
+            )
+        ]
+
+    def active(self, container_ref: str) -> Sequence[ExecSession]:
+        """Return the sessions of a container that run, each verified against the kernel by pid and start time."""
+        return [
+            session
+            for session in self._of_container(container_ref)
+            if session.running and (session.process is None or proc.is_alive(session.process))
+        ]
+
+    def running_in(self, container_id: ContainerId) -> Sequence[SessionId]:
         """Return the ids of the sessions that run in a container."""
         return self._store.running_in(container_id)
+
+    def transferred(self, session: ExecSession) -> ByteCounts:
+        """Return the bytes that a session has moved so far."""
+        live = self._live.get(session.id)
+        return live.transferred if live is not None else session.transferred
 
     @property
     def live(self) -> int:
         """How many sessions run now."""
         return len(self._live)
 
-    # -- start ----------------------------------------------------------------------------------------------------
+    # -- start -------------------------------------------------------------------------------------------------------
 
     async def start_detached(self, session_id: str, size: ConsoleSize | None = None) -> ExecSession:
         """Start with nothing attached; return once the pid is known. StartFailed, AlreadyStarted, …"""
-        session, live, execution = await self._prepare(session_id, size, attach=False)
+        live = await self._prepare(session_id, size, attach=False, preserved=())
         begun: asyncio.Future[ExecSession] = asyncio.get_running_loop().create_future()
         begun.add_done_callback(asyncio.Future.exception)  # the request may be gone before its answer is known
-        live.task = asyncio.create_task(
-            self._run(session, live, execution, None, begun), name=f"exec {session.id[:12]}"
-        )
+        live.run(None, begun)
         return await asyncio.shield(begun)
 
     async def start_attached(
-        self, session_id: str, size: ConsoleSize | None, take_over: Callable[[], Awaitable["AttachedClient"]]
+        self,
+        session_id: str,
+        size: ConsoleSize | None,
+        take_over: Callable[[], Awaitable[AttachedClient]],
+        *,
+        preserved: Sequence[int] = (),
     ) -> None:
         """Start with a client; return when its stream is over, because of the process or of the client.
 
         `take_over` is awaited once all is ready, and puts the head of the answer on the wire; what is raised before
-        can still be answered with a status. What goes wrong after is told in the stream.
+        can still be answered with a status. What goes wrong after is told in the stream. `preserved` are descriptors
+        of this program that the process gets as 3, 4, …; they stay the caller's.
         """
-        session, live, execution = await self._prepare(session_id, size, attach=True)
+        live = await self._prepare(session_id, size, attach=True, preserved=preserved)
         try:
             client = await take_over()
         except BaseException:
-            await self._undo(session, execution)
+            await live.undo()
             raise
-        live.task = asyncio.create_task(self._run(session, live, execution, client), name=f"exec {session.id[:12]}")
+        live.run(client)
         await client.wait_closed()
 
     async def resize(self, session_id: str, size: ConsoleSize) -> None:
@@ -233,51 +243,137 @@ class SessionManager:
         session = self.inspect(session_id)
         self._container_of(session)
         if session.state is SessionState.STOPPED:
-            raise Conflict(f"exec command {session.id} is not running")
+            raise _not_running(session)
         if not session.config.tty:
             return  # as in dockerd: clients resize without asking what they started
         live = self._live.get(session.id)
         if live is None:
             self._early_sizes[session.id] = size
-        elif live.started and live.execution is not None:
-            live.execution.resize(size)
         else:
-            live.size = size
+            live.resize(size)
 
-    # -- the end --------------------------------------------------------------------------------------------------
+    # -- while it runs -----------------------------------------------------------------------------------------------
 
-    def recover(self) -> int:
+    async def attach(
+        self,
+        session_id: str,
+        take_over: Callable[[int], Awaitable[AttachedClient]],
+        *,
+        after: int | None = None,
+        stdin: bool = True,
+        wanted: frozenset[int] = BOTH,
+    ) -> None:
+        """Attach one more client; return when its stream is over.
+
+        It gets the output from the offset `after` on as far as that is captured, then what comes; None is "from
+        now on". `take_over` is told the offset at which the output really begins. Conflict when there is nothing to
+        attach to.
+        """
+        session = self.inspect(session_id)
+        backlog = await self.output(session_id, captured=False)
+        if after is not None and after > backlog.end:
+            raise InvalidArgument(f"the output has {backlog.end} bytes; it cannot begin after {after}")
+        with backlog.reader():
+            offset = backlog.end if after is None else max(after, backlog.start)
+            client = await take_over(offset)
+            live = self._live.get(session.id)
+            if live is None:
+                live = LiveSession(session, self._ledger, backlog, drain=0, grace=0, over=lambda _: None)
+            await live.attach(client, offset, stdin=stdin, wanted=wanted)
+            await client.wait_closed()
+
+    async def output(self, session_id: str, *, captured: bool = True) -> Backlog:
+        """Return what is kept of a session's output. Conflict when that is nothing.
+
+        With `captured` False the output of a running session that is not captured counts too: it can be read from
+        now on.
+        """
+        session = self.inspect(session_id)
+        live = self._live.get(session.id)
+        if live is not None and live.started and (session.config.captured or not captured):
+            return live.backlog
+        if not session.config.captured:
+            if captured:
+                raise Conflict(f"the output of exec {session.id} is not captured")
+            raise _not_running(session)
+        if session.state is SessionState.CREATED:
+            raise _not_running(session)
+        return await self._captured(session)
+
+    async def write_stdin(self, session_id: str, data: bytes, *, eof: bool = False) -> None:
+        """Write to the process's stdin, and end it. Conflict when it has none that is open."""
+        session = self.inspect(session_id)
+        live = self._live.get(session.id)
+        if live is None or not live.started:
+            raise _not_running(session)
+        if not live.stdin.open:
+            raise Conflict(f"the stdin of exec {session.id} is not open")
+        await live.stdin.write(data)
+        if eof:
+            live.stdin.close()
+
+    async def kill(self, session_id: str, signal: int = signals.SIGKILL) -> None:
+        """Send a signal: SIGKILL to the whole tree of the session, any other to its process. Conflict."""
+        await self._running(session_id).signal(signal)
+
+    async def stop(self, session_id: str, grace: float | None = None) -> ExecSession:
+        """Send SIGTERM, after `grace` seconds SIGKILL to what is left, and return the end. Conflict."""
+        live = self._running(session_id)
+        await live.stop(self._limits.stop_timeout if grace is None else grace)
+        return await self.wait(session_id)
+
+    async def wait(self, session_id: str) -> ExecSession:
+        """Return the session once it is over. NotFound when it is forgotten before it was ever started."""
+        session = await self._ledger.end_of(self.inspect(session_id))
+        if session is None:
+            raise NotFound(f"No such exec instance: {session_id[:64]}")
+        return session
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    async def remove(self, session_id: str, *, force: bool = False) -> None:
+        """Forget a session that does not run; with `force` kill it first. Conflict."""
+        session = self.inspect(session_id)
+        if session.running:
+            if not force:
+                raise Conflict(f"cannot remove exec session {session.id}: it is running; stop it, or use force")
+            await self._settled(session.id)
+            live = self._live.get(session.id)
+            if live is not None and live.started:
+                await live.signal(signals.SIGKILL)
+            await self._ledger.end_of(session)
+        self._forget(lambda one: one.id == session.id)
+
+    async def remove_all(self, container_ref: str, *, force: bool = False) -> Sequence[SessionId]:
+        """Forget every session of a container, as `remove` does, and return which those were."""
+        removed = []
+        for session in self._of_container(container_ref):
+            await self.remove(session.id, force=force)
+            removed.append(session.id)
+        return removed
+
+    async def recover(self) -> int:
         """Take back the sessions that ran when an earlier service ended; return how many.
 
-        Their clients are gone, and what they write is read and thrown away; their exit codes are kept.
+        Their clients are gone. What they write is captured if it was, and else thrown away; their exit codes are kept.
         """
-        adopted = [session for session in self._store.all() if session.running]
+        adopted = [session for session in self._ledger.all() if session.running]
         for session in adopted:
-            live = self._live[session.id] = _Live(None)
-            live.execution, live.started = self._runtime.adopt(session), True
-            live.task = asyncio.create_task(
-                self._attend(session, live.execution, None), name=f"adopted exec {session.id[:12]}"
-            )
+            backlog = await self._captured(session) if session.config.captured else MemoryBacklog()
+            backlog.finished = False
+            self._new_live(session, backlog).adopt(self._runtime.adopt(session))
         return len(adopted)
 
     async def close(self) -> None:
         """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
-        starts = [live.begin for live in self._live.values() if live.begin is not None and not live.begin.done()]
+        starts = [one.settled for one in self._live.values() if one.task is not None and not one.settled.done()]
         if starts:  # a conmon that cannot report the pid of its process gives up
             await asyncio.wait(starts, timeout=_START_GRACE)
-        tasks = [live.task for live in self._live.values() if live.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*[live.close() for live in list(self._live.values())])
 
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""
         now = time.time()
-        for session_id, (before, after) in list(self._unsaved.items()):
-            self._store.move(before, after)
-            del self._unsaved[session_id]
-        for session_id in [known for known in self._early_sizes if self._store.get(known) is None]:
-            del self._early_sizes[session_id]
         retention, lifetime = self._limits.retention, self._limits.created_lifetime
 
         def old(session: ExecSession) -> bool:
@@ -285,9 +381,28 @@ class SessionManager:
                 return session.finished_at < now - retention
             return session.created_at < now - lifetime
 
-        return self._store.forget(old)
+        self._runtime.sweep()
+        return self._forget(old)
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _check_room(self, container_id: ContainerId) -> None:
+        limits = self._limits
+        if self._ledger.count() >= limits.sessions:
+            raise Exhausted(
+                f"{limits.sessions} exec sessions are known already; try again later",
+                hint="raise max_sessions, or lower retention_seconds",
+            )
+        if self._store.created >= limits.created:
+            raise Exhausted(
+                f"{limits.created} exec sessions wait for their start already; try again later",
+                hint="raise max_created, or lower created_lifetime_seconds",
+            )
+        if self._store.unfinished_in(container_id) >= limits.container_sessions:
+            raise Exhausted(
+                f"container {container_id} has {limits.container_sessions} exec sessions already; try again later",
+                hint="raise max_sessions_per_container",
+            )
 
     async def _resolve_user(self, container: Container, user: str) -> ResolvedUser:
         default = container_user(self._containers.spec(container).get("process", {}))
@@ -297,6 +412,15 @@ class SessionManager:
         # Off the event loop: a container can make its own file system slow.
         passwd, group = await asyncio.to_thread(self._read_accounts, container.init.pid)
         return resolve_user(user, passwd=passwd, group=group, default=default)
+
+    def _of_container(self, ref: str) -> Sequence[ExecSession]:
+        """Return the sessions of a container, which may be gone, and is then named by its full id."""
+        try:
+            return self._ledger.of_container(self._containers.find(ref).id)
+        except NotFound:
+            if sessions := self._ledger.of_container(ContainerId(ref)):
+                return sessions
+            raise
 
     def _container_of(self, session: ExecSession) -> Container:
         """Return the session's container if it can take a process: the same incarnation, running, not paused."""
@@ -312,12 +436,43 @@ class SessionManager:
         return container
 
     async def _prepare(
-        self, session_id: str, size: ConsoleSize | None, *, attach: bool
-    ) -> tuple[ExecSession, _Live, Execution]:
-        session = self.inspect(session_id)
-        container = self._container_of(session)  # dockerd looks at the container first, too
-        if session.state is not SessionState.CREATED:
-            raise _already_started(session)
+        self, session_id: str, size: ConsoleSize | None, *, attach: bool, preserved: Sequence[int]
+    ) -> LiveSession:
+        async with self._gate.turn() as turn:
+            session = self.inspect(session_id)
+            container = self._container_of(session)  # dockerd looks at the container first, too
+            if session.state is not SessionState.CREATED:
+                raise _already_started(session)
+            request = self._request(session, container, size, attach=attach, preserved=preserved)
+            begun: LiveSession | None = None
+
+            def intend() -> None:
+                nonlocal begun
+                begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
+                self._early_sizes.pop(session.id, None)
+
+            try:
+                execution = await self._runtime.prepare(request, intend)
+            except StateChanged:
+                raise _already_started(self.inspect(session_id)) from None
+            except BaseException as error:
+                if begun is not None:  # else nothing was begun, and it may be started again
+                    begun.fail(StartFailed(str(error), 128))
+                raise
+            assert begun is not None
+            begun.execution = execution
+            turn.until = begun.settled
+            return begun
+
+    def _request(
+        self,
+        session: ExecSession,
+        container: Container,
+        size: ConsoleSize | None,
+        *,
+        attach: bool,
+        preserved: Sequence[int],
+    ) -> ExecRequest:
         config = session.config
         process = build_process(
             self._containers.spec(container)["process"],
@@ -326,172 +481,71 @@ class SessionManager:
             console_size=size or self._early_sizes.get(session.id) or config.console_size,
             all_capabilities=self._all_capabilities,
         )
-        live = _Live(None)
-
-        def intend() -> None:
-            nonlocal session
-            session = self._store.move(session, replace(session, state=SessionState.STARTING, started_at=time.time()))
-            self._early_sizes.pop(session.id, None)
-            self._live[session.id] = live
-
-        request = ExecRequest(
+        # What may be attached to later has to be there from the start.
+        attach = attach or config.on_disconnect is OnDisconnect.KEEP
+        limit = None
+        if config.timeout is not None:  # the monitor's own is for the time in which no service runs
+            limit = config.timeout + self._limits.timeout_grace
+        return ExecRequest(
             session_id=session.id,
             container=container,
             process=process,
             stdin=attach and config.attach_stdin,
-            stdout=attach and config.attach_stdout,
-            stderr=attach and config.attach_stderr,
-        )
-        try:
-            live.execution = await self._runtime.prepare(request, intend)
-        except StateChanged:
-            raise _already_started(self.inspect(session_id)) from None
-        except BaseException as error:
-            if self._live.get(session.id) is live:  # else nothing was begun, and it may be started again
-                self._failed(session, StartFailed(str(error), 128))
-            raise
-        return session, live, live.execution
-
-    async def _undo(self, session: ExecSession, execution: Execution) -> None:
-        """The client left, or could not be taken over, before anything ran."""
-        await execution.abort()
-        self._failed(session, StartFailed("the client left before the start", 128))
-
-    async def _run(
-        self,
-        session: ExecSession,
-        live: _Live,
-        execution: Execution,
-        client: "AttachedClient | None",
-        begun: "asyncio.Future[ExecSession] | None" = None,
-    ) -> None:
-        """The session's own task: from the start of its process to the end of its record."""
-        self._publish(f"exec_start: {' '.join(session.config.args)}", session)
-        try:
-            live.begin = asyncio.ensure_future(self._begin(session, live, execution))
-            session = await live.begin
-        except asyncio.CancelledError:
-            _settle(begun, Unavailable("the service stops"))
-            self._let_go(session, execution, client)
-            raise
-        except Exception as error:
-            known = error if isinstance(error, ExecgateError) else _unforeseen(session, error)
-            _settle(begun, known)
-            if not isinstance(error, StartFailed):  # after which nothing is left
-                self._let_go(session, execution, None)
-            if client is not None:
-                await client.finish(known.message)
-            return
-        _settle(begun, session)
-        await self._attend(session, execution, client)
-
-    async def _attend(self, session: ExecSession, execution: Execution, client: "AttachedClient | None") -> None:
-        """See a running session to its end. Whatever happens, its client is not left waiting."""
-        message = ""
-        try:
-            status = await self._pump(session, execution, client)
-            self._ended(session, status)
-        except asyncio.CancelledError:  # the service stops; the process does not
-            self._let_go(session, execution, client)
-            raise
-        except Exception as error:
-            message = _unforeseen(session, error).message
-            self._live.pop(session.id, None)
-        if client is not None:
-            await client.finish(message)
-        await execution.dispose()
-
-    def _let_go(self, session: ExecSession, execution: Execution, client: "AttachedClient | None") -> None:
-        """Part from a session whose process may live on."""
-        self._live.pop(session.id, None)
-        execution.leave()
-        if client is not None:
-            client.abandon()
-
-    async def _begin(self, session: ExecSession, live: _Live, execution: Execution) -> ExecSession:
-        try:
-            process = await execution.start()
-        except StartFailed as error:
-            log.info("exec %s in %s did not start: %s", session.id[:12], session.container.name, error.message)
-            self._failed(session, error)
-            raise
-        session = self._store.move(
-            session,
-            replace(session, state=SessionState.RUNNING, process=process, monitor=execution.monitor),
-        )
-        live.started = True
-        if live.size is not None:
-            with contextlib.suppress(ExecgateError):  # it came during the start, and the process may be over already
-                execution.resize(live.size)
-        return session
-
-    async def _pump(self, session: ExecSession, execution: Execution, client: "AttachedClient | None") -> ExitStatus:
-        """Deliver all output, and return the exit code."""
-        config = session.config
-        exited = asyncio.ensure_future(execution.wait())
-        pump = Pump(execution.streams, client, detach_keys=config.detach_keys, tty=config.tty)
-        departure = asyncio.ensure_future(self._watch_departure(session, pump, client))
-        try:
-            await pump.run(exited, self._limits.drain)
-            return exited.result()
-        finally:
-            for task in (exited, departure):
-                task.cancel()
-            await asyncio.gather(exited, departure, return_exceptions=True)
-
-    async def _watch_departure(self, session: ExecSession, pump: Pump, client: "AttachedClient | None") -> None:
-        departure = await pump.departure
-        if departure is Departure.DETACHED:
-            self._publish("exec_detach", session)
-        log.debug("exec %s lost its client: %s", session.id[:12], departure.value)
-        if client is not None:
-            await client.finish()
-
-    def _failed(self, session: ExecSession, error: StartFailed) -> None:
-        self._ended(session, ExitStatus(error.exit_code, ExitSource.START_FAILURE), error=error.message)
-
-    def _ended(self, session: ExecSession, status: ExitStatus, error: str = "") -> None:
-        """Keep the end, then tell it. A store that cannot take it now gets it later; until then it is kept here."""
-        self._live.pop(session.id, None)
-        self._early_sizes.pop(session.id, None)
-        after = replace(session, state=SessionState.STOPPED, finished_at=time.time(), exit=status, error=error)
-        try:
-            self._store.move(session, after)
-        except Unavailable as failure:
-            log.error("the end of exec %s is not stored yet: %s (%s)", session.id[:12], failure, failure.hint)
-            self._unsaved[session.id] = (session, after)
-        self._publish("exec_die", session, exitCode=str(status.code))
-
-    def _publish(self, action: str, session: ExecSession, **attributes: str) -> None:
-        labels = session.container_labels
-        image = labels.get("org.opencontainers.image.ref.name", "")
-        self._events.publish(
-            Event(
-                action=action,
-                container_id=session.container.container_id,
-                time_ns=time.time_ns(),
-                attributes={
-                    **labels,
-                    "image": image,
-                    "name": session.container.name,
-                    "execID": session.id,
-                    **attributes,
-                },
-            )
+            stdout=(attach and config.attach_stdout) or config.capture_stdout,
+            stderr=(attach and config.attach_stderr) or config.capture_stderr,
+            timeout=limit,
+            preserved=tuple(preserved),
         )
 
+    def _new_live(self, session: ExecSession, backlog: Backlog) -> LiveSession:
+        def over(live: LiveSession) -> None:
+            if self._live.get(session.id) is live:
+                del self._live[session.id]
+            self._early_sizes.pop(session.id, None)
 
-class AttachedClient(Client, Protocol):
-    """A client that the manager can also part from."""
+        live = self._live[session.id] = LiveSession(
+            session, self._ledger, backlog, drain=self._limits.drain, grace=self._limits.timeout_grace, over=over
+        )
+        return live
 
-    async def finish(self, message: str = "") -> None:
-        """Deliver what was sent, then `message` if any, and close."""
+    def _new_backlog(self, session: ExecSession) -> Backlog:
+        if not session.config.captured:
+            return MemoryBacklog()
+        backlog = CaptureBacklog(self._capture_path(session.id), self._limits.capture)
+        self._backlogs[session.id] = backlog
+        return backlog
 
-    def abandon(self) -> None:
-        """Close at once: the service stops."""
+    async def _captured(self, session: ExecSession) -> CaptureBacklog:
+        """Return a session's captured output, from an earlier service if need be."""
+        if session.id not in self._backlogs:
+            loaded = await CaptureBacklog.load(self._capture_path(session.id), self._limits.capture)
+            loaded.finished = not session.running
+            self._backlogs.setdefault(session.id, loaded)
+        return self._backlogs[session.id]
 
-    async def wait_closed(self) -> None:
-        """Return once the client's stream is over."""
+    def _capture_path(self, session_id: SessionId) -> Path:
+        return self._captures / session_id[:32]
+
+    def _running(self, session_id: str) -> LiveSession:
+        session = self.inspect(session_id)
+        live = self._live.get(session.id)
+        if live is None or not live.started:
+            raise _not_running(session)
+        return live
+
+    async def _settled(self, session_id: SessionId) -> None:
+        """Wait for the outcome of a start that is under way."""
+        live = self._live.get(session_id)
+        if live is not None:
+            await asyncio.wait([live.settled])
+
+    def _forget(self, old: Callable[[ExecSession], bool]) -> int:
+        gone = self._ledger.forget(old)
+        for session_id in gone:
+            self._early_sizes.pop(session_id, None)
+            self._backlogs.pop(session_id, None)
+            shutil.rmtree(self._capture_path(session_id), ignore_errors=True)
+        return len(gone)
 
 
 def running(container: Container) -> Container:
@@ -508,17 +562,5 @@ def _already_started(session: ExecSession) -> AlreadyStarted:
     return AlreadyStarted(f"exec command {session.id} {tense}")
 
 
-def _settle(begun: "asyncio.Future[ExecSession] | None", outcome: ExecSession | ExecgateError) -> None:
-    """Tell whoever waits for the start of a detached session."""
-    if begun is None or begun.done():
-        return
-    if isinstance(outcome, ExecgateError):
-        begun.set_exception(outcome)
-    else:
-        begun.set_result(outcome)
-
-
-def _unforeseen(session: ExecSession, error: Exception) -> Internal:
-    """Log what nobody planned for, and return what the client may know of it."""
-    log.error("exec %s in %s failed", session.id[:12], session.container.name, exc_info=error)
-    return Internal("internal error; the service's log has the details")
+def _not_running(session: ExecSession) -> Conflict:
+    return Conflict(f"exec command {session.id} is not running")

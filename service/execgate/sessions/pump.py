@@ -1,21 +1,27 @@
-"""Moving one session's bytes between its process and its client.
+"""Moving one session's bytes between its process and those who are attached to it.
 
 The theory. Each direction is a loop that holds one chunk at a time: it takes no second one before the first is
 accepted, so a slow client slows the process and a slow process slows the client, and nothing grows.
 
-- The client's end of input closes the process's stdin. It says nothing about the output.
-- The client's *absence* (its connection broke) also closes stdin, because nobody will ever write again; the output
-  is then read and thrown away, so that the process goes on as if somebody listened. It is never killed for it.
-- The detach keys end the client's part in the same way, but leave stdin as it is.
+- There is one client whom the process waits for: the one that started it. Those who attach later, and there may be
+  many, read from the backlog at their own pace, and only they suffer if they are slow.
+- A client's end of input closes the process's stdin. It says nothing about the output.
+- A client's *absence* (its connection broke) is another thing: what follows from it is the session's policy. The
+  output is then read and, unless captured, thrown away, so that the process goes on as if somebody listened.
+- The detach keys end the client's part, and leave stdin as it is.
 - The outputs end by themselves when all writers have closed. A background child may keep them open for ever: once
   the process itself has ended they get `drain` more seconds, then what is buffered is delivered and that is all.
 """
 
 import asyncio
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Protocol
 
+from execgate.model.session import ByteCounts
 from execgate.runtime.streams import ExecStreams, Input, InputClosed, Output
+from execgate.sessions.backlog import Backlog
+from execgate.wire import stdcopy
 from execgate.wire.detach_keys import DetachFilter
 
 
@@ -40,21 +46,77 @@ class Departure(Enum):
     GONE = "the connection broke"
 
 
-class Pump:
-    """One session's streams and their client, until all output is delivered."""
+class Lagging(Exception):
+    """A reader of the backlog was so slow that what it would have read next was dropped."""
 
-    def __init__(self, streams: ExecStreams, client: Client | None, *, detach_keys: bytes, tty: bool) -> None:
-        self._streams = streams
-        self._client = client
-        self._filter = DetachFilter(detach_keys if tty else b"")
+
+class Stdin:
+    """The process's stdin, for all who may write to it. What nobody reads is thrown away and blocks no writer."""
+
+    def __init__(self, target: Input | None) -> None:
+        self._target = target
+        self._turn = asyncio.Lock()
+        self.written = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether anything can still be written."""
+        return self._target is not None
+
+    async def write(self, data: bytes) -> None:
+        """Write all of `data`, waiting for room and for one's turn."""
+        if not data:
+            return
+        async with self._turn:
+            if self._target is None:
+                return
+            try:
+                await self._target.write(data)
+            except InputClosed:
+                self._target = None
+            else:
+                self.written += len(data)
+
+    def close(self) -> None:
+        """End it, for everybody."""
+        target, self._target = self._target, None
+        if target is not None:
+            target.close()
+
+
+class Pump:
+    """One session's streams, until all output is delivered.
+
+    `streams` says which output the first client gets, `captured` which the backlog gets; `left` is called once, when
+    that client goes before the end.
+    """
+
+    def __init__(self, streams: ExecStreams, stdin: Stdin, backlog: Backlog, *, captured: frozenset[int]) -> None:
+        self._outputs = streams.outputs
+        self._stdin = stdin
+        self._backlog = backlog
+        self._captured = captured
+        self._client: Client | None = None
+        self._wanted: frozenset[int] = frozenset()
+        self._left: Callable[[Departure], None] = lambda _: None
         self._feeding: asyncio.Task[None] | None = None
-        self.departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
-        """Settled when the client leaves early; it is told nothing from then on."""
+        self._count = {stdcopy.STDOUT: 0, stdcopy.STDERR: 0}
+
+    @property
+    def transferred(self) -> ByteCounts:
+        """What has passed so far."""
+        return ByteCounts(self._stdin.written, self._count[stdcopy.STDOUT], self._count[stdcopy.STDERR])
+
+    def join(
+        self, client: Client, *, wanted: frozenset[int], detach_keys: bytes, left: Callable[[Departure], None]
+    ) -> None:
+        """Take the client that the process waits for; before `run`."""
+        self._client, self._wanted, self._left = client, wanted, left
+        self._feeding = asyncio.ensure_future(self._feed(client, detach_keys))
 
     async def run(self, exited: asyncio.Future[Any], drain: float) -> None:
         """Pump until the process has ended and every output too, at most `drain` seconds after `exited` is done."""
-        self._feeding = asyncio.ensure_future(self._feed())
-        tasks = [asyncio.ensure_future(self._forward(output)) for output in self._streams.outputs]
+        tasks = [asyncio.ensure_future(self._forward(output)) for output in self._outputs]
         cut: asyncio.TimerHandle | None = None
 
         def arm(_exited: asyncio.Future[Any]) -> None:
@@ -70,70 +132,61 @@ class Pump:
             exited.remove_done_callback(arm)
             if cut is not None:
                 cut.cancel()
-            for task in (helpers := [*tasks, self._feeding]):
+            helpers = [*tasks, self._feeding] if self._feeding is not None else tasks
+            for task in helpers:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
 
     async def _forward(self, output: Output) -> None:
         while (chunk := await output.read()) is not None:
-            if self._client is not None:
+            stream, data = chunk
+            self._count[stream] += len(data)
+            if stream in self._captured:
+                await self._backlog.append(stream, data)
+            if self._client is not None and stream in self._wanted:
                 try:
-                    await self._client.send(*chunk)
+                    await self._client.send(stream, data)
                 except ClientGone:
                     self._leave(Departure.GONE)
                     if self._feeding is not None:
                         self._feeding.cancel()
 
+    async def _feed(self, client: Client, detach_keys: bytes) -> None:
+        if (departure := await feed(client, self._stdin, detach_keys)) is not None:
+            self._leave(departure)
+
     def _cut(self) -> None:
-        for output in self._streams.outputs:
+        for output in self._outputs:
             output.cut()
 
-    async def _feed(self) -> None:
-        """Carry the client's input to the process, then the end of it."""
-        if self._client is None:
-            return
-        try:
-            await self._carry_input(self._client)
-        except _Detached:
-            self._leave(Departure.DETACHED)
-            return  # stdin stays open: the process does not notice
-        except ClientGone:
-            self._leave(Departure.GONE)
-        except asyncio.CancelledError:
-            self._close_stdin()
-            raise
-        self._close_stdin()
-
-    async def _carry_input(self, client: Client) -> None:
-        """Read the client to its end. What no process reads is thrown away: the client must not be blocked."""
-        stdin = self._streams.input
-        while data := await client.receive():
-            data, detach = self._filter.feed(data)
-            stdin = await _write(stdin, data)
-            if detach:
-                raise _Detached
-        await _write(stdin, self._filter.flush())
-
-    def _close_stdin(self) -> None:
-        if self._streams.input is not None:
-            self._streams.input.close()
-
     def _leave(self, departure: Departure) -> None:
-        self._client = None
-        if not self.departure.done():
-            self.departure.set_result(departure)
+        if self._client is not None:
+            self._client = None
+            self._left(departure)
 
 
-class _Detached(Exception):
-    """The detach keys were typed."""
-
-
-async def _write(stdin: Input | None, data: bytes) -> Input | None:
-    """Write to stdin while there is one; return None once there is none any more."""
-    if stdin is None or not data:
-        return stdin
+async def feed(client: Client, stdin: Stdin, detach_keys: bytes) -> Departure | None:
+    """Carry a client's input to the process until it ends, and then the end; else return why the client left."""
+    keys = DetachFilter(detach_keys)
     try:
-        await stdin.write(data)
-    except InputClosed:
-        return None
-    return stdin
+        while data := await client.receive():
+            data, detach = keys.feed(data)
+            await stdin.write(data)
+            if detach:
+                return Departure.DETACHED
+        await stdin.write(keys.flush())
+    except ClientGone:
+        return Departure.GONE
+    stdin.close()
+    return None
+
+
+async def replay(backlog: Backlog, offset: int, client: Client, wanted: frozenset[int]) -> None:
+    """Send a client what the backlog holds from `offset` on, and then what comes, to the end. ClientGone, Lagging."""
+    while chunks := await backlog.read(offset):
+        for chunk in chunks:
+            if chunk.offset > offset:
+                raise Lagging
+            if chunk.stream in wanted:
+                await client.send(chunk.stream, chunk.data)
+            offset = chunk.end

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from execgate.model.errors import Conflict, Internal, Unavailable
 from execgate.model.ids import ContainerId, SessionId
-from execgate.model.session import TRANSITIONS, ExecSession
+from execgate.model.session import TRANSITIONS, ExecSession, SessionState
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class SessionStore:
         self._path = path
         self._known: dict[SessionId, ExecSession] = {}
         self._by_container: dict[ContainerId, dict[SessionId, ExecSession]] = {}
+        self._unfinished: dict[ContainerId, set[SessionId]] = {}
+        self._created: set[SessionId] = set()
         with _translated(path):
             self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None)
             path.chmod(0o600)
@@ -117,20 +119,43 @@ class SessionStore:
         return list(self._by_container.get(container_id, {}).values())
 
     def running_in(self, container_id: ContainerId) -> list[SessionId]:
-        """Return the ids of the sessions that run in a container."""
-        return [session.id for session in self.of_container(container_id) if session.running]
+        """Return the ids of the sessions that run in a container, oldest first."""
+        running = [self._known[one] for one in self._unfinished.get(container_id, ()) if self._known[one].running]
+        return [session.id for session in sorted(running, key=lambda session: session.created_at)]
 
-    def forget(self, old: Callable[[ExecSession], bool]) -> int:
-        """Drop the sessions that are created or stopped and that `old` is true of; return how many those were."""
+    def unfinished_in(self, container_id: ContainerId) -> int:
+        """Return how many sessions of a container are created or running."""
+        return len(self._unfinished.get(container_id, ()))
+
+    @property
+    def created(self) -> int:
+        """How many sessions wait for their start."""
+        return len(self._created)
+
+    def forget(self, old: Callable[[ExecSession], bool]) -> list[SessionId]:
+        """Drop the sessions that are created or stopped and that `old` is true of; return which those were."""
         ids = [session.id for session in self._known.values() if not session.running and old(session)]
         self._delete(ids)
-        return len(ids)
+        return ids
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _remember(self, session: ExecSession) -> None:
+        container_id = session.container.container_id
         self._known[session.id] = session
-        self._by_container.setdefault(session.container.container_id, {})[session.id] = session
+        self._by_container.setdefault(container_id, {})[session.id] = session
+        self._unindex(session)
+        if session.state is not SessionState.STOPPED:
+            self._unfinished.setdefault(container_id, set()).add(session.id)
+        if session.state is SessionState.CREATED:
+            self._created.add(session.id)
+
+    def _unindex(self, session: ExecSession) -> None:
+        self._created.discard(session.id)
+        if (unfinished := self._unfinished.get(session.container.container_id)) is not None:
+            unfinished.discard(session.id)
+            if not unfinished:
+                del self._unfinished[session.container.container_id]
 
     def _delete(self, ids: Sequence[SessionId]) -> None:
         if not ids:
@@ -140,6 +165,7 @@ class SessionStore:
             self._db.executemany("DELETE FROM session WHERE id = ?", [(one,) for one in ids])
         for session_id in ids:
             if (session := self._known.pop(session_id, None)) is not None:
+                self._unindex(session)
                 siblings = self._by_container[session.container.container_id]
                 del siblings[session_id]
                 if not siblings:

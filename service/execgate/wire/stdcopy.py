@@ -26,6 +26,12 @@ def frame_header(stream: int, length: int) -> bytes:
     return _HEADER.pack(stream, _PADDING, length)
 
 
+def parse_header(data: bytes, position: int = 0) -> tuple[int, int]:
+    """Return stream and length of the header at `position`, of frames that we wrote ourselves."""
+    stream, _, length = _HEADER.unpack_from(data, position)
+    return stream, length
+
+
 class Demultiplexer:
     """The reading side of the stream.
 

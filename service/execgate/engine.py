@@ -1,0 +1,158 @@
+"""The engine: everything but HTTP, assembled from a configuration. The service is one user of it, programs are others.
+
+::
+
+    async with open_engine(Config(state_dir="/run/my-agent")) as engine:
+        result = await engine.run("web", ["ls", "/"], timeout=10)
+        print(result.exit_code, result.stdout.decode())
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from execgate.config import Config
+from execgate.containers import proc
+from execgate.containers.catalog import Catalog
+from execgate.model.config import ExecConfig
+from execgate.model.errors import Conflict, Unavailable
+from execgate.oci import capabilities
+from execgate.runtime.conmon import ConmonRuntime
+from execgate.runtime.rootfs import read_in_container
+from execgate.runtime.tree import SessionCgroups
+from execgate.sessions.events import EventBus
+from execgate.sessions.manager import Limits, SessionManager
+from execgate.sessions.oneshot import RunResult
+from execgate.sessions.oneshot import run as run_once
+from execgate.sessions.store import SessionStore
+
+log = logging.getLogger(__name__)
+
+DATABASE = "sessions.db"
+_SWEEP_INTERVAL = 15.0
+
+
+class Engine:
+    """The containers of this host, the sessions in them, and the events of these. Made by `open_engine`."""
+
+    def __init__(self, containers: Catalog, sessions: SessionManager, events: EventBus) -> None:
+        self.containers = containers
+        self.sessions = sessions
+        self.events = events
+
+    async def run(
+        self, container: str, args: Sequence[str], *, stdin: bytes = b"", limit: int = 1024 * 1024, **config: Any
+    ) -> RunResult:
+        """Run a command to its end; see `sessions.oneshot.run`. `config` are further fields of `ExecConfig`."""
+        wanted = ExecConfig(args=tuple(args), **config)
+        return await run_once(self.sessions, container, wanted, stdin=stdin, limit=limit)
+
+
+@contextlib.asynccontextmanager
+async def open_engine(config: Config) -> AsyncIterator[Engine]:
+    """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
+
+    At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
+    another program has the state directory, Unavailable when the host lacks something.
+    """
+    async with contextlib.AsyncExitStack() as cleanup:
+        _take_state_dir(config.state_dir, cleanup)
+        store = SessionStore(config.state_dir / DATABASE, boot_id=proc.boot_id())
+        cleanup.callback(store.close)
+        cgroups = SessionCgroups.open()
+        cleanup.callback(cgroups.close)
+        events = EventBus()
+        cleanup.callback(events.close)
+        catalog = catalog_of(config)
+        manager = SessionManager(
+            containers=catalog,
+            runtime=_runtime(config, cgroups),
+            store=store,
+            events=events,
+            read_accounts=_read_accounts,
+            all_capabilities=capabilities.names(proc.own_capability_bounds()),
+            limits=limits_of(config),
+            captures=config.state_dir / "captures",
+        )
+        cleanup.push_async_callback(manager.close)
+        if recovered := await manager.recover():
+            log.info("took back %d running sessions of an earlier service", recovered)
+        sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")
+        cleanup.push_async_callback(_end, sweeper)
+        yield Engine(catalog, manager, events)
+
+
+def catalog_of(config: Config) -> Catalog:
+    """Return the catalog of the configured roots."""
+    return Catalog(config.roots(), config.runtime_paths())
+
+
+def limits_of(config: Config) -> Limits:
+    """Return the bounds of a configuration."""
+    return Limits(
+        drain=config.drain_seconds,
+        retention=config.retention_seconds,
+        created_lifetime=config.created_lifetime_seconds,
+        stop_timeout=config.stop_timeout_seconds,
+        timeout_grace=config.timeout_grace_seconds,
+        sessions=config.max_sessions,
+        created=config.max_created,
+        container_sessions=config.max_sessions_per_container,
+        parallel_starts=config.parallel_starts,
+        queued_starts=config.queued_starts,
+        capture=config.capture_bytes,
+    )
+
+
+def _runtime(config: Config, cgroups: SessionCgroups) -> ConmonRuntime:
+    conmon = config.conmon_path()
+    if conmon is None:
+        raise Unavailable("conmon is not installed", hint="install it, or set `conmon` to its path")
+    directory = config.state_dir / "sessions"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    runtime = ConmonRuntime(
+        conmon=conmon, directory=directory, start_timeout=config.start_timeout_seconds, cgroups=cgroups
+    )
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return runtime
+
+
+def _read_accounts(pid: int) -> tuple[bytes, bytes]:
+    return read_in_container(pid, "/etc/passwd"), read_in_container(pid, "/etc/group")
+
+
+def _take_state_dir(path: Path, cleanup: contextlib.AsyncExitStack) -> None:
+    """Make the state directory, private, and lock it. Conflict when another service has it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o700)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Unavailable(f"the state directory {path} cannot be used: {error.strerror}") from error
+    cleanup.callback(os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Conflict(f"the state directory {path} belongs to another running execgate") from error
+
+
+async def _sweep(manager: SessionManager, interval: float) -> None:
+    """Forget old sessions, for ever."""
+    while True:
+        await asyncio.sleep(interval)
+        try:
+            manager.sweep()
+        except Unavailable as error:
+            log.warning("old sessions are not forgotten: %s (%s)", error, error.hint)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,389 @@
+"""One session between its start and its end: its own task, its clients, its timeout.
+
+A client's request waits for that task but is not it: when the client goes, the session goes on, unless its creator
+wanted otherwise (`OnDisconnect`).
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from execgate.model.config import ConsoleSize, OnDisconnect
+from execgate.model.errors import Conflict, ExecgateError, Internal, StartFailed, Unavailable
+from execgate.model.process import ProcessIdentity
+from execgate.model.session import ByteCounts, ExecSession, ExitSource, ExitStatus
+from execgate.runtime.streams import ExecStreams
+from execgate.runtime.tree import ProcessTree
+from execgate.sessions.backlog import Backlog
+from execgate.sessions.ledger import Ledger
+from execgate.sessions.pump import Client, ClientGone, Departure, Lagging, Pump, Stdin, feed, replay
+from execgate.wire import stdcopy
+
+log = logging.getLogger(__name__)
+
+BOTH = frozenset({stdcopy.STDOUT, stdcopy.STDERR})
+
+
+class Execution(Protocol):
+    """One process, prepared (`runtime.conmon.ConmonExec`) or taken back."""
+
+    @property
+    def streams(self) -> ExecStreams:
+        """What of it is attached."""
+
+    @property
+    def monitor(self) -> ProcessIdentity | None:
+        """Its monitor."""
+
+    @property
+    def tree(self) -> ProcessTree | None:
+        """All its processes; None before it runs, or when nobody knows them."""
+
+    async def start(self) -> ProcessIdentity:
+        """Run it; StartFailed."""
+
+    async def wait(self) -> ExitStatus:
+        """Return how it ended."""
+
+    def resize(self, size: ConsoleSize) -> None:
+        """Set its terminal's size."""
+
+    async def dispose(self) -> None:
+        """Leave nothing of it behind."""
+
+    async def abort(self) -> None:
+        """Undo a start that has not happened."""
+
+    def leave(self) -> None:
+        """Let go of it without ending it."""
+
+
+class AttachedClient(Client, Protocol):
+    """A client that a session can also part from."""
+
+    async def finish(self, message: str = "") -> None:
+        """Deliver what was sent, then `message` if any, and close."""
+
+    def abandon(self) -> None:
+        """Close at once: the service stops."""
+
+    async def wait_closed(self) -> None:
+        """Return once the client's stream is over."""
+
+
+class LiveSession:
+    """A session that is being started or runs.
+
+    `drain` and `grace` are seconds: how long a background child may hold the output open, and how long a process may
+    take to end by itself once its time is over. `over` is called once, when the session is no longer live.
+    """
+
+    def __init__(
+        self,
+        session: ExecSession,
+        ledger: Ledger,
+        backlog: Backlog,
+        *,
+        drain: float,
+        grace: float,
+        over: Callable[["LiveSession"], None],
+    ) -> None:
+        self.session = session
+        self.backlog = backlog
+        self.execution: Execution | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once the start has succeeded or failed."""
+        self.started = False
+        self.stdin = Stdin(None)
+        self._ledger = ledger
+        self._drain = drain
+        self._grace = grace
+        self._over = over
+        self._size: ConsoleSize | None = None  # asked for during the start
+        self._pump: Pump | None = None
+        self._clients = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timed_out = False
+        self._exited: asyncio.Future[ExitStatus] | None = None
+        self._chores: set[asyncio.Task[Any]] = set()
+        self._kills: set[asyncio.Task[Any]] = set()  # those of them that end the process
+
+    def __repr__(self) -> str:
+        return f"<LiveSession {self.session.id[:12]} started={self.started} clients={self._clients}>"
+
+    # -- its course --------------------------------------------------------------------------------------------------
+
+    def run(self, client: AttachedClient | None, begun: "asyncio.Future[ExecSession] | None" = None) -> None:
+        """Start the prepared execution in a task of its own; `begun` is told the outcome of the start."""
+        self.task = asyncio.create_task(self._run(client, begun), name=f"exec {self.session.id[:12]}")
+
+    def adopt(self, execution: Execution) -> None:
+        """Go on with a process that an earlier service started."""
+        self.execution, self.started = execution, True
+        self._settle()
+        self._arm_timeout()
+        self.task = asyncio.create_task(self._attend(None), name=f"adopted exec {self.session.id[:12]}")
+
+    async def undo(self) -> None:
+        """The client left, or could not be taken over, before anything ran."""
+        if self.execution is not None:
+            await self.execution.abort()
+        self.fail(StartFailed("the client left before the start", 128))
+
+    def fail(self, error: StartFailed) -> None:
+        """End the session as one that never ran."""
+        self._end(ExitStatus(error.exit_code, ExitSource.START_FAILURE), error=error.message)
+        self.backlog.finish()
+        self._settle()
+
+    async def close(self) -> None:
+        """Part from it; the process lives on."""
+        tasks = [task for task in (self.task, *self._chores) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # -- what is asked of it -----------------------------------------------------------------------------------------
+
+    @property
+    def transferred(self) -> ByteCounts:
+        """The bytes that have passed so far."""
+        return self._pump.transferred if self._pump is not None else ByteCounts()
+
+    def resize(self, size: ConsoleSize) -> None:
+        """Set the terminal's size; during the start it is kept for its end."""
+        if self.started and self.execution is not None:
+            self.execution.resize(size)
+        else:
+            self._size = size
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the process; SIGKILL to its whole tree. Conflict when it does not run."""
+        tree = self._tree()
+        if number == signal.SIGKILL:
+            await tree.kill(self._monitor())
+        elif not tree.signal(number):
+            raise Conflict(f"exec command {self.session.id} is not running")
+
+    async def stop(self, grace: float) -> None:
+        """Ask the process to end, and after `grace` seconds, or its end, kill what is left of its tree."""
+        tree = self._tree()
+        if grace > 0 and tree.signal(signal.SIGTERM) and self._exited is not None:
+            await asyncio.wait([self._exited], timeout=grace)
+        await tree.kill(self._monitor())
+
+    async def attach(self, client: AttachedClient, offset: int, *, stdin: bool, wanted: frozenset[int]) -> None:
+        """Serve one more client, from `offset` of the backlog on; return when its stream is over."""
+        self._clients += 1
+        message, departure = "", None
+        keys = self.session.config.detach_keys if self.session.config.tty else b""
+        forwarding = asyncio.ensure_future(replay(self.backlog, offset, client, wanted))
+        feeding = asyncio.ensure_future(feed(client, self.stdin if stdin else Stdin(None), keys))
+        try:
+            await asyncio.wait([forwarding, feeding], return_when=asyncio.FIRST_COMPLETED)
+            if feeding.done():
+                departure = feeding.result()
+            if departure is None:
+                await forwarding
+        except ClientGone:
+            departure = Departure.GONE
+        except Lagging:
+            message = "output was dropped: this client reads too slowly"
+        except asyncio.CancelledError:
+            client.abandon()
+            raise
+        finally:
+            for task in (forwarding, feeding):
+                task.cancel()
+            await asyncio.gather(forwarding, feeding, return_exceptions=True)
+            self._left(departure)
+        await client.finish(message)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _run(self, client: AttachedClient | None, begun: "asyncio.Future[ExecSession] | None") -> None:
+        self._ledger.tell(f"exec_start: {' '.join(self.session.config.args)}", self.session)
+        try:
+            await self._begin()
+        except asyncio.CancelledError:
+            _tell(begun, Unavailable("the service stops"))
+            self._let_go(client)
+            raise
+        except Exception as error:
+            known = error if isinstance(error, ExecgateError) else self._unforeseen(error)
+            _tell(begun, known)
+            if not isinstance(error, StartFailed):  # after which nothing is left
+                self._let_go(None)
+            self._settle()
+            if client is not None:
+                await client.finish(known.message)
+            return
+        _tell(begun, self.session)
+        await self._attend(client)
+
+    async def _begin(self) -> None:
+        execution = self._execution()
+        try:
+            process = await execution.start()
+        except StartFailed as error:
+            name = self.session.container.name
+            log.info("exec %s in %s did not start: %s", self.session.id[:12], name, error.message)
+            self.fail(error)
+            raise
+        self.session = self._ledger.running(self.session, process, execution.monitor)
+        self.started = True
+        self._settle()
+        self._arm_timeout()
+        if self._size is not None:
+            with contextlib.suppress(ExecgateError):  # the process may be over already
+                execution.resize(self._size)
+
+    async def _attend(self, client: AttachedClient | None) -> None:
+        """See the running process to its end. Whatever happens, its client is not left waiting."""
+        message = ""
+        try:
+            self._end(await self._deliver(client))
+        except asyncio.CancelledError:  # the service stops; the process does not
+            self._let_go(client)
+            raise
+        except Exception as error:
+            message = self._unforeseen(error).message
+            self._over(self)
+        self.backlog.finish()
+        if client is not None:
+            await client.finish(message)
+        await self._execution().dispose()
+
+    async def _deliver(self, client: AttachedClient | None) -> ExitStatus:
+        """Deliver all output, and return the exit code."""
+        execution, config = self._execution(), self.session.config
+        self.stdin = Stdin(execution.streams.input)
+        captured = {stdcopy.STDOUT: config.capture_stdout, stdcopy.STDERR: config.capture_stderr}
+        kept = frozenset(stream for stream, wanted in captured.items() if wanted) or BOTH
+        self._pump = Pump(execution.streams, self.stdin, self.backlog, captured=BOTH if config.tty else kept)
+        if client is not None:
+            self._clients += 1
+            self._pump.join(
+                client,
+                wanted=self._attached_outputs(),
+                detach_keys=config.detach_keys if config.tty else b"",
+                left=lambda departure: self._first_client_left(client, departure),
+            )
+        elif config.on_disconnect is not OnDisconnect.KEEP:
+            self.stdin.close()
+        self._exited = asyncio.ensure_future(execution.wait())
+        try:
+            await self._pump.run(self._exited, self._drain)
+            if self._kills:  # what is over is over as a whole
+                await asyncio.wait(self._kills)
+            return self._exited.result()
+        finally:
+            self._exited.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
+            await asyncio.gather(self._exited, return_exceptions=True)
+
+    def _attached_outputs(self) -> frozenset[int]:
+        config = self.session.config
+        if config.tty:
+            return BOTH if config.attach_stdout or config.attach_stderr else frozenset()
+        wanted = {stdcopy.STDOUT: config.attach_stdout, stdcopy.STDERR: config.attach_stderr}
+        return frozenset(stream for stream, is_wanted in wanted.items() if is_wanted)
+
+    def _first_client_left(self, client: AttachedClient, departure: Departure) -> None:
+        self._left(departure)
+        self._do(client.finish())
+
+    def _left(self, departure: Departure | None) -> None:
+        """One client fewer. What follows from the absence of the last one is the creator's choice."""
+        self._clients -= 1
+        if departure is None:
+            return
+        log.debug("exec %s lost a client: %s", self.session.id[:12], departure.value)
+        if departure is Departure.DETACHED:
+            self._ledger.tell("exec_detach", self.session)
+        elif not self._clients:
+            self._abandoned(self.session.config.on_disconnect)
+
+    def _abandoned(self, policy: OnDisconnect) -> None:
+        if policy is OnDisconnect.KEEP:
+            return
+        self.stdin.close()
+        tree = self._execution().tree
+        if tree is None:
+            return
+        if policy is OnDisconnect.HUP:
+            tree.signal(signal.SIGHUP)
+        elif policy is OnDisconnect.KILL:
+            self._do(tree.kill(self._monitor()), self._kills)
+
+    def _arm_timeout(self) -> None:
+        timeout, started_at = self.session.config.timeout, self.session.started_at
+        if timeout is not None and started_at is not None:
+            left = max(0.0, started_at + timeout - time.time())
+            self._timer = asyncio.get_running_loop().call_later(min(left, timeout), self._expire)
+
+    def _expire(self) -> None:
+        if self._exited is not None and self._exited.done():
+            return  # a background child holds the output; the process was in time
+        self._timed_out = True
+        self._do(self.stop(self._grace), self._kills)
+
+    def _end(self, status: ExitStatus, error: str = "") -> None:
+        timed_out = self._timed_out or status.source is ExitSource.TIMEOUT
+        self.session = self._ledger.stopped(
+            self.session, status, error=error, timed_out=timed_out, transferred=self.transferred
+        )
+        self._over(self)
+
+    def _let_go(self, client: AttachedClient | None) -> None:
+        """Part from a process that may live on."""
+        self._over(self)
+        self._settle()
+        self._execution().leave()
+        if client is not None:
+            client.abandon()
+
+    def _settle(self) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+
+    def _execution(self) -> Execution:
+        assert self.execution is not None
+        return self.execution
+
+    def _monitor(self) -> ProcessIdentity | None:
+        return self._execution().monitor
+
+    def _tree(self) -> ProcessTree:
+        tree = self.execution.tree if self.execution is not None and self.started else None
+        if tree is None:
+            raise Conflict(f"exec command {self.session.id} is not running")
+        return tree
+
+    def _do(self, chore: Coroutine[Any, Any, Any], *kinds: set[asyncio.Task[Any]]) -> None:
+        """Do something beside the session's own task."""
+        task = asyncio.ensure_future(chore)
+        for kind in (self._chores, *kinds):
+            kind.add(task)
+            task.add_done_callback(kind.discard)
+
+    def _unforeseen(self, error: Exception) -> Internal:
+        """Log what nobody planned for, and return what the client may know of it."""
+        log.error("exec %s in %s failed", self.session.id[:12], self.session.container.name, exc_info=error)
+        return Internal("internal error; the service's log has the details")
+
+
+def _tell(begun: "asyncio.Future[ExecSession] | None", outcome: ExecSession | ExecgateError) -> None:
+    """Tell whoever waits for the start of a detached session."""
+    if begun is None or begun.done():
+        return
+    if isinstance(outcome, ExecgateError):
+        begun.set_exception(outcome)
+    else:
+        begun.set_result(outcome)

@@ -1,0 +1,97 @@
+"""One exec, one answer: create, start, feed, collect, wait, in one call."""
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from execgate.model.config import ExecConfig
+from execgate.model.session import ExecSession
+from execgate.sessions.manager import SessionManager
+from execgate.sessions.pump import ClientGone
+from execgate.wire import stdcopy
+
+_PIECE = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a one-shot exec went. `truncated`: there was more output than was to be kept."""
+
+    session: ExecSession
+    stdout: bytes
+    stderr: bytes
+    truncated: bool
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code; None when the session was removed by somebody else meanwhile."""
+        return self.session.exit.code if self.session.exit else None
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether its time was over before it was."""
+        return self.session.timed_out
+
+
+async def run(
+    manager: SessionManager, container_ref: str, config: ExecConfig, *, stdin: bytes = b"", limit: int = 1024 * 1024
+) -> RunResult:
+    """Run a command to its end and return what it wrote, `limit` bytes of stdout and stderr together.
+
+    stdin is attached exactly when there is some. A command that cannot be started is a result too: 126, 127 or 128,
+    and `session.error`. Whoever cancels this kills the process, its tree included: nobody will ever see its output.
+    """
+    config = replace(config, attach_stdin=bool(stdin), attach_stdout=True, attach_stderr=True)
+    session = await manager.create(container_ref, config)
+    collector = Collector(stdin, limit)
+
+    async def take_over() -> Collector:
+        return collector
+
+    try:
+        await manager.start_attached(session.id, None, take_over)
+    except asyncio.CancelledError:
+        await asyncio.shield(manager.remove(session.id, force=True))
+        raise
+    session = await manager.wait(session.id)
+    return RunResult(
+        session=session,
+        stdout=bytes(collector.output[stdcopy.STDOUT]),
+        stderr=bytes(collector.output[stdcopy.STDERR]),
+        truncated=collector.truncated,
+    )
+
+
+class Collector:
+    """A client in this process: gives `stdin`, keeps up to `limit` bytes of output, and reads on without keeping."""
+
+    def __init__(self, stdin: bytes, limit: int) -> None:
+        self.output = {stdcopy.STDOUT: bytearray(), stdcopy.STDERR: bytearray()}
+        self.truncated = False
+        self._left = limit
+        self._stdin = memoryview(stdin)
+        self._closed = asyncio.Event()
+
+    async def send(self, stream: int, data: bytes) -> None:
+        """See `pump.Client`."""
+        self.output[stream] += data[: self._left]
+        self.truncated = self.truncated or len(data) > self._left
+        self._left = max(0, self._left - len(data))
+
+    async def receive(self) -> bytes:
+        """See `pump.Client`."""
+        if self._closed.is_set():
+            raise ClientGone
+        piece, self._stdin = self._stdin[:_PIECE], self._stdin[_PIECE:]
+        return bytes(piece)
+
+    async def finish(self, message: str = "") -> None:  # noqa: ARG002  (the record has it)
+        """See `live.AttachedClient`."""
+        self._closed.set()
+
+    def abandon(self) -> None:
+        """See `live.AttachedClient`."""
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        """See `live.AttachedClient`."""
+        await self._closed.wait()
