@@ -119,6 +119,11 @@ class SessionStore:
             ).fetchall()
         return [SessionId(row[0]) for row in rows]
 
+    def remove(self, session_id: SessionId) -> None:
+        """Drop one session, if it is there."""
+        with _translated(self._path):
+            self._db.execute("DELETE FROM session WHERE id = ?", (session_id,))
+
     def forget(self, *, stopped_before: float, created_before: float) -> int:
         """Drop what ended, or was created and never started, before these times (seconds since the epoch)."""
         with _translated(self._path):
