@@ -12,17 +12,13 @@ from execgate import __version__
 from execgate.config import Config
 from execgate.containers.top import top
 from execgate.engine import open_engine
-from execgate.http.dialects import DOCKER
 from execgate.http.listeners import (
     inherited_listeners,
     open_listener,
     remove_socket_file,
     socket_identity,
 )
-from execgate.http.routes.containers import ContainerRoutes
-from execgate.http.routes.events import EventRoutes
-from execgate.http.routes.execs import ExecRoutes
-from execgate.http.routes.system import SystemRoutes
+from execgate.http.routes import all_trees
 from execgate.http.server import HttpServer, build_application
 from execgate.systemd import Notifier
 
@@ -36,14 +32,8 @@ async def serve(config: Config) -> None:
     async with contextlib.AsyncExitStack() as cleanup:
         engine = await cleanup.enter_async_context(open_engine(config))
         listeners = _listeners(config, cleanup)
-        server = HttpServer(
-            build_application(
-                ExecRoutes(engine.sessions, DOCKER),
-                ContainerRoutes(engine.containers, engine.sessions, top),
-                EventRoutes(engine.events),
-                SystemRoutes(engine.containers, DOCKER),
-            )
-        )
+        trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
+        server = HttpServer(build_application(trees))
         cleanup.push_async_callback(server.close)
         await server.start(listeners)
         # What is here now stays: collections need not go over every module again and again.

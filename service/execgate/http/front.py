@@ -14,7 +14,6 @@ too large, too slow or compressed.
 """
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -24,6 +23,8 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from execgate.http.dialects import DOCKER, Dialect, dialect_of
+from execgate.http.errors import error_json
 from execgate.model.errors import Internal
 from execgate.wire.request_head import BadRequest, Body, Head, NeedData, RequestSplitter
 
@@ -196,7 +197,7 @@ class FrontProtocol(asyncio.Protocol):
             return
         if self._arriving:  # a handler may be waiting for a body that will never be whole
             if self._outstanding == 1:
-                transport.write(_error_response(status, message))
+                transport.write(self._error_response(status, message))
             transport.close()
             return
         if self._outstanding:  # an answer is being written: this one would land in the middle of it
@@ -204,12 +205,17 @@ class FrontProtocol(asyncio.Protocol):
             self._arm(None)
             return
         log.debug("refused a request: %d %s", status, message)
-        transport.write(_error_response(status, message))
+        transport.write(self._error_response(status, message))
         if self._eof or not transport.can_write_eof():
             transport.close()
             return
         transport.write_eof()
         self._arm(_LINGER)
+
+    def _error_response(self, status: int, message: str) -> bytes:
+        """Word a refusal as the API that was asked would; Docker's when it was not said yet which one is."""
+        path = self._splitter.path
+        return _error_response(DOCKER if path is None else dialect_of(unquote(path)), status, message)
 
     def _expired(self) -> None:
         """Too slow."""
@@ -258,8 +264,8 @@ async def front_middleware(
     return response
 
 
-def _error_response(status: int, message: str) -> bytes:
-    body = json.dumps({"message": message}).encode() + b"\n"
+def _error_response(dialect: Dialect, status: int, message: str) -> bytes:
+    body = error_json(dialect, status, message) + b"\n"
     try:
         reason = HTTPStatus(status).phrase
     except ValueError:
