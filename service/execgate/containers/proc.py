@@ -34,6 +34,15 @@ def is_alive(process: ProcessIdentity) -> bool:
     return facts is not None and facts[1] == process.start_time and facts[0] not in _DEAD
 
 
+def namespace_pid(process: ProcessIdentity) -> int | None:
+    """Return the pid of a process as its own pid namespace has it; None when it is gone."""
+    for line in (read_kernel(f"/proc/{process.pid}/status") or b"").splitlines():
+        name, _, value = line.partition(b":")
+        if name == b"NSpid":
+            return int(value.split()[-1]) if is_alive(process) else None
+    return None
+
+
 @functools.cache
 def boot_id() -> str:
     """Return the kernel's random id of this boot, `xxxxxxxx-xxxx-…`."""

@@ -8,7 +8,7 @@ one body must never read two different requests (CVE-2024-41110 and its kind).
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,10 @@ _UINT32 = 2**32 - 1
 # Rows and columns are 16 bits in the kernel's struct winsize.
 _WINSIZE_MAX = 2**16 - 1
 
+MAX_OUTPUT = 16 * 1024 * 1024
+"""Bytes of output that one answer can hold."""
+
+_Uint32 = Annotated[int, Field(ge=0, le=_UINT32)]
 _Dimension = Annotated[int, Field(ge=0, le=_WINSIZE_MAX)]
 _Box = Annotated[list[Annotated[int, Field(ge=0, le=_UINT32)]], Field(min_length=2, max_length=2)]
 
@@ -45,6 +49,23 @@ class CreateBody(Body):
     env: list[str] = []
     working_dir: str = ""
     cmd: list[str] = []
+    # Podman's preserved descriptors, which no HTTP request can carry.
+    preserve_fds: _Uint32 = 0
+    preserve_fd: list[_Uint32] = []
+    # Beyond Docker's.
+    timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
+    labels: dict[str, str] = {}
+    capture_stdout: bool = False
+    capture_stderr: bool = False
+    on_disconnect: Literal["", "keep", "hup", "kill"] = ""
+
+
+class RunBody(CreateBody):
+    """`POST /containers/{name}/exec/run`. `encoding` is that of stdin here and of the output in the answer."""
+
+    stdin: str = ""
+    encoding: Literal["utf-8", "base64"] = "utf-8"
+    output_limit: Annotated[int, Field(ge=0, le=MAX_OUTPUT)] = 1024 * 1024
 
 
 class StartBody(Body):

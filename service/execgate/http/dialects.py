@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from types import MappingProxyType
 
 from aiohttp import web
 
@@ -241,8 +242,15 @@ def dotted(version: ApiVersion) -> str:
     return ".".join(map(str, version))
 
 
-def upgrade_head(dialect: Dialect, version: ApiVersion, *, upgrade: bool, multiplexed: bool) -> bytes:
-    """Return the head that turns a connection into a stream.
+def upgrade_head(
+    dialect: Dialect,
+    version: ApiVersion,
+    *,
+    upgrade: bool,
+    multiplexed: bool,
+    headers: Mapping[str, str] = MappingProxyType({}),
+) -> bytes:
+    """Return the head that turns a connection into a stream, with further `headers`.
 
     Like moby this tests only whether the header `Upgrade` was present (`upgrade`). Without it the answer is a 200 whose
     body is the stream, with it a 101. `multiplexed` says what the stream is; the content type tells that to the
@@ -253,5 +261,5 @@ def upgrade_head(dialect: Dialect, version: ApiVersion, *, upgrade: bool, multip
     lines = ["HTTP/1.1 101 UPGRADED" if upgrade else "HTTP/1.1 200 OK", f"Content-Type: {content_type}"]
     if upgrade:
         lines += ["Connection: Upgrade", "Upgrade: tcp"]
-    lines += [f"{name}: {value}" for name, value in dialect.headers().items()]
+    lines += [f"{name}: {value}" for name, value in {**dialect.headers(), **headers}.items()]
     return "\r\n".join([*lines, "", ""]).encode("ascii")

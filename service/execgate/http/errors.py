@@ -62,7 +62,10 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         status = status_of(error)
         level = logging.ERROR if status >= 500 else logging.DEBUG
         log.log(level, "%s %s: %d %s%s", request.method, request.path, status, error, _hint(error))
-        return json_error(dialect, status, error.message)
+        response = json_error(dialect, status, error.message)
+        if isinstance(error, Exhausted):
+            response.headers["Retry-After"] = str(error.retry_after)
+        return response
     except web.HTTPException as error:
         return _http_error(dialect, error)
     except ConnectionError:  # the client left; raised further it would be logged as a bug of ours

@@ -42,7 +42,7 @@ HELD_LIMIT = 64 * 1024
 _LINGER = 2.0
 """Seconds that a refused client gets to read why, while what it still sends is thrown away."""
 
-_HIJACKABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/start", re.ASCII)
+_HIJACKABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/(start|attach)", re.ASCII)
 
 
 class FrontProtocol(asyncio.Protocol):

@@ -14,6 +14,7 @@ the end of one session is `live`'s; what is kept and told is the `ledger`'s.
 """
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import signal as signals
@@ -40,6 +41,9 @@ from execgate.sessions.live import BOTH, AttachedClient, Execution, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
 log = logging.getLogger(__name__)
+
+_KILL_TIMEOUT = 10.0
+"""Seconds that a kill waits for the end: a process in the kernel's hands can take longer."""
 
 _START_GRACE = 1.0
 """Seconds that starts under way get when the service stops."""
@@ -313,8 +317,15 @@ class SessionManager:
             live.stdin.close()
 
     async def kill(self, session_id: str, signal: int = signals.SIGKILL) -> None:
-        """Send a signal: SIGKILL to the whole tree of the session, any other to its process. Conflict."""
-        await self._running(session_id).signal(signal)
+        """Send a signal: SIGKILL to the whole tree of the session, any other to its process. Conflict.
+
+        SIGKILL returns when the end is on record, so that whoever asks next sees it.
+        """
+        live = self._running(session_id)
+        await live.signal(signal)
+        if signal == signals.SIGKILL:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ledger.end_of(live.session), _KILL_TIMEOUT)
 
     async def stop(self, session_id: str, grace: float | None = None) -> ExecSession:
         """Send SIGTERM, after `grace` seconds SIGKILL to what is left, and return the end. Conflict."""

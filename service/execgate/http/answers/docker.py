@@ -4,6 +4,7 @@ import base64
 import time
 from typing import Any
 
+from execgate.containers import proc
 from execgate.http.answers.subjects import NEVER, Answers, Counts, Host, Json, Subject, rfc3339
 from execgate.model.container import ContainerStatus
 from execgate.model.session import ExecSession
@@ -89,7 +90,7 @@ def state(subject: Subject) -> Json:
 def session(one: ExecSession) -> Json:
     """Return a session as `GET /exec/{id}/json` shows it.
 
-    `ExitCodeSource` is ours: how the code was learnt, `unknown` included, in which case the code is 255.
+    `ExitCodeSource` says how the code was learnt, `unknown` included, in which case the code is 255.
     """
     config = one.config
     process: dict[str, Any] = {
@@ -104,7 +105,6 @@ def session(one: ExecSession) -> Json:
         "ID": one.id,
         "Running": one.running,
         "ExitCode": one.exit.code if one.exit else None,
-        "ExitCodeSource": one.exit.source if one.exit else None,
         "ProcessConfig": process,
         "OpenStdin": config.attach_stdin,
         "OpenStderr": config.attach_stderr,
@@ -113,6 +113,22 @@ def session(one: ExecSession) -> Json:
         "ContainerID": one.container.container_id,
         "DetachKeys": base64.b64encode(config.detach_keys).decode("ascii"),  # as Go encodes its []byte
         "Pid": one.process.pid if one.process and one.running else 0,
+        # From here on ours.
+        "ExitCodeSource": one.exit.source if one.exit else None,
+        "ContainerPid": (one.process and one.running and proc.namespace_pid(one.process)) or 0,
+        "CreatedAt": rfc3339(one.created_at),
+        "StartedAt": rfc3339(one.started_at) if one.started_at is not None else NEVER,
+        "FinishedAt": rfc3339(one.finished_at) if one.finished_at is not None else NEVER,
+        "TimedOut": one.timed_out,
+        "Timeout": config.timeout or 0,
+        "Labels": dict(config.labels),
+        "CaptureStdout": config.capture_stdout,
+        "CaptureStderr": config.capture_stderr,
+        "OnDisconnect": config.on_disconnect,
+        "Error": one.error,
+        "StdinBytes": one.transferred.stdin,
+        "StdoutBytes": one.transferred.stdout,
+        "StderrBytes": one.transferred.stderr,
     }
 
 

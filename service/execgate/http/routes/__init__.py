@@ -9,6 +9,7 @@ from execgate.http.routes.containers import ContainerRoutes, TopRoutes
 from execgate.http.routes.events import EventRoutes
 from execgate.http.routes.execs import ExecRoutes
 from execgate.http.routes.libpod import LibpodRoutes
+from execgate.http.routes.sessions import SessionRoutes
 from execgate.http.routes.system import SystemRoutes
 from execgate.http.tree import Tree
 from execgate.model.container import Container
@@ -29,6 +30,7 @@ def all_trees(
                 ContainerRoutes(catalog, manager, DOCKER),
                 TopRoutes(catalog, top),
                 ExecRoutes(manager, DOCKER),
+                SessionRoutes(manager, DOCKER),
             ],
         ),
         Tree(
@@ -37,6 +39,7 @@ def all_trees(
                 SystemRoutes(catalog, LIBPOD),
                 ContainerRoutes(catalog, manager, LIBPOD),
                 ExecRoutes(manager, LIBPOD),
+                SessionRoutes(manager, LIBPOD),
                 LibpodRoutes(catalog, manager),
             ],
         ),

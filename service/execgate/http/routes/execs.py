@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from aiohttp import web
 
 from execgate.http.bodies import CreateBody, StartBody, console_size, read_body
-from execgate.http.dialects import DEFAULT_DETACH_KEYS, ApiVersion, Dialect, TtyOf, upgrade_head
-from execgate.http.front import front_of
+from execgate.http.dialects import DEFAULT_DETACH_KEYS, Dialect, TtyOf
 from execgate.http.hijack import HijackedStream
 from execgate.http.query import flag
+from execgate.http.takeover import AlreadyAnswered, hijack
 from execgate.http.tree import Route
-from execgate.model.config import ConsoleSize, ExecConfig
+from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect
 from execgate.model.errors import Conflict, InvalidArgument
 from execgate.sessions.manager import AlreadyStarted, SessionManager
 from execgate.wire.detach_keys import parse_detach_keys
@@ -40,9 +40,7 @@ class ExecRoutes:
     async def create(self, request: web.Request) -> web.Response:
         """POST /containers/{name}/exec."""
         body = await read_body(request, CreateBody, typed=self._dialect.checks_content_type)
-        if not body.cmd:
-            raise InvalidArgument("No exec command specified")
-        session = await self._manager.create(request.match_info["name"], self._config(body, request))
+        session = await self._manager.create(request.match_info["name"], exec_config(body, self._dialect, request))
         return web.json_response({"Id": session.id}, status=201)
 
     async def start(self, request: web.Request) -> web.StreamResponse:
@@ -56,7 +54,7 @@ class ExecRoutes:
         raw = self._is_raw(body, session_id)
 
         async def take_over() -> HijackedStream:
-            return _hijack(request, self._dialect, multiplexed=not raw)
+            return hijack(request, self._dialect, multiplexed=not raw)
 
         try:
             await self._manager.start_attached(session_id, size, take_over)
@@ -67,7 +65,7 @@ class ExecRoutes:
             stream = await take_over()
             await stream.finish(error.message)
             await stream.wait_closed()
-        return _AlreadyAnswered()
+        return AlreadyAnswered()
 
     async def resize(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/resize?h=&w=."""
@@ -83,28 +81,9 @@ class ExecRoutes:
     async def inspect(self, request: web.Request) -> web.Response:
         """GET /exec/{id}/json."""
         session = self._manager.inspect(request.match_info["id"])
-        return web.json_response(self._dialect.answers.session(session))
-
-    def _config(self, body: CreateBody, request: web.Request) -> ExecConfig:
-        sized = self._dialect.version_of(request) >= self._dialect.console_size_since
-        return ExecConfig(
-            args=tuple(body.cmd),
-            tty=body.tty,
-            console_size=console_size(body.console_size) if sized else None,
-            attach_stdin=body.attach_stdin,
-            attach_stdout=body.attach_stdout,
-            attach_stderr=body.attach_stderr,
-            detach_keys=self._detach_keys(body.detach_keys),
-            env=tuple(body.env),
-            privileged=body.privileged,
-            user=body.user,
-            working_dir=body.working_dir,
+        return web.json_response(
+            self._dialect.answers.session(replace(session, transferred=self._manager.transferred(session)))
         )
-
-    def _detach_keys(self, text: str | None) -> bytes:
-        if text == "" and self._dialect.empty_disables_detach_keys:
-            return b""
-        return parse_detach_keys(text or DEFAULT_DETACH_KEYS)
 
     def _start_size(self, body: StartBody, request: web.Request) -> ConsoleSize | None:
         if not body.tty or self._dialect.version_of(request) < self._dialect.console_size_since:
@@ -122,42 +101,37 @@ class ExecRoutes:
         return web.Response(text=text, charset="us-ascii") if text else web.Response()
 
 
-def _hijack(request: web.Request, dialect: Dialect, *, multiplexed: bool) -> HijackedStream:
-    """Take the request's connection over and put the head of the answer on the wire."""
-    version: ApiVersion = dialect.version_of(request)
-    front = front_of(request)
-    stream: HijackedStream | None = None
+def exec_config(body: CreateBody, dialect: Dialect, request: web.Request) -> ExecConfig:
+    """Return what a body asks for, in the manner of its dialect. InvalidArgument."""
+    if not body.cmd:
+        raise InvalidArgument("No exec command specified")
+    if body.preserve_fds or body.preserve_fd:
+        raise InvalidArgument("descriptors cannot be preserved over HTTP; a Python program can hand them to the engine")
+    sized = dialect.version_of(request) >= dialect.console_size_since
+    return ExecConfig(
+        args=tuple(body.cmd),
+        tty=body.tty,
+        console_size=console_size(body.console_size) if sized else None,
+        attach_stdin=body.attach_stdin,
+        attach_stdout=body.attach_stdout,
+        attach_stderr=body.attach_stderr,
+        detach_keys=_detach_keys(body.detach_keys, dialect),
+        env=tuple(body.env),
+        privileged=body.privileged,
+        user=body.user,
+        working_dir=body.working_dir,
+        timeout=body.timeout or None,
+        labels=body.labels,
+        capture_stdout=body.capture_stdout,
+        capture_stderr=body.capture_stderr,
+        on_disconnect=OnDisconnect(body.on_disconnect),
+    )
 
-    def successor(transport: Any, held: bytes, eof: bool) -> HijackedStream:
-        nonlocal stream
-        stream = HijackedStream(
-            transport,
-            held,
-            eof,
-            multiplexed=multiplexed,
-            error_line=dialect.error_line,
-            lost=front.connection_lost,
-        )
-        return stream
 
-    front.take_over(successor)
-    assert stream is not None
-    stream.begin(upgrade_head(dialect, version, upgrade="Upgrade" in request.headers, multiplexed=multiplexed))
-    return stream
-
-
-class _AlreadyAnswered(web.StreamResponse):
-    """Tells aiohttp that nothing is left to be written: the connection was ours, and is closed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.force_close()
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        """Write no head."""
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Write no end."""
+def _detach_keys(text: str | None, dialect: Dialect) -> bytes:
+    if text == "" and dialect.empty_disables_detach_keys:
+        return b""
+    return parse_detach_keys(text or DEFAULT_DETACH_KEYS)
 
 
 def _dimension(request: web.Request, key: str, name: str) -> int:
