@@ -16,6 +16,8 @@ when the client goes, the session goes on.
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -269,6 +271,19 @@ class SessionManager:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def remove(self, session_id: str, *, force: bool) -> None:
+        """Forget a session. Conflict while it runs, unless `force`: then it is killed, and its end waited for."""
+        session = self.inspect(session_id)
+        live = self._live.get(session.id)
+        if session.running and not force:
+            raise Conflict(f"exec command {session.id} is running")
+        if live is not None and live.task is not None:
+            if session.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(session.process.pid, signal.SIGKILL)
+            await asyncio.wait([live.task])
+        self._store.remove(session.id)
 
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""

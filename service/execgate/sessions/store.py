@@ -120,6 +120,10 @@ class SessionStore:
         """Return the ids of the sessions that run in a container."""
         return [session.id for session in self.of_container(container_id) if session.running]
 
+    def remove(self, session_id: SessionId) -> None:
+        """Drop one session, if it is there."""
+        self._delete([session_id])
+
     def forget(self, old: Callable[[ExecSession], bool]) -> int:
         """Drop the sessions that are created or stopped and that `old` is true of; return how many those were."""
         ids = [session.id for session in self._known.values() if not session.running and old(session)]
