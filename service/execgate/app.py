@@ -17,17 +17,13 @@ from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
 from execgate.containers.top import top
-from execgate.http.dialects import DOCKER
 from execgate.http.listeners import (
     inherited_listeners,
     open_listener,
     remove_socket_file,
     socket_identity,
 )
-from execgate.http.routes.containers import ContainerRoutes
-from execgate.http.routes.events import EventRoutes
-from execgate.http.routes.execs import ExecRoutes
-from execgate.http.routes.system import SystemRoutes
+from execgate.http.routes import all_trees
 from execgate.http.server import HttpServer, build_application
 from execgate.model.errors import Conflict, Unavailable
 from execgate.oci import capabilities
@@ -74,14 +70,7 @@ async def serve(config: Config) -> None:
                 sessions=config.max_sessions,
             ),
         )
-        server = HttpServer(
-            build_application(
-                ExecRoutes(manager, DOCKER),
-                ContainerRoutes(catalog, manager, top),
-                EventRoutes(events),
-                SystemRoutes(catalog, DOCKER),
-            )
-        )
+        server = HttpServer(build_application(all_trees(catalog=catalog, manager=manager, events=events, top=top)))
         if recovered := manager.recover():
             log.info("took back %d running sessions of an earlier service", recovered)
         sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")

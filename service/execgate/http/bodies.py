@@ -6,6 +6,7 @@ one body must never read two different requests (CVE-2024-41110 and its kind).
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -20,6 +21,7 @@ _UINT32 = 2**32 - 1
 # Rows and columns are 16 bits in the kernel's struct winsize.
 _WINSIZE_MAX = 2**16 - 1
 
+_Dimension = Annotated[int, Field(ge=0, le=_WINSIZE_MAX)]
 _Box = Annotated[list[Annotated[int, Field(ge=0, le=_UINT32)]], Field(min_length=2, max_length=2)]
 
 
@@ -39,26 +41,60 @@ class CreateBody(Body):
     attach_stdin: bool = False
     attach_stdout: bool = False
     attach_stderr: bool = False
-    detach_keys: str = ""
+    detach_keys: str | None = None
     env: list[str] = []
     working_dir: str = ""
     cmd: list[str] = []
 
 
 class StartBody(Body):
-    """`POST /exec/{id}/start`."""
+    """`POST /exec/{id}/start`, as far as the APIs agree."""
 
     detach: bool = False
     tty: bool = False
+
+    @abstractmethod
+    def size(self) -> ConsoleSize | None:
+        """Return the size that the terminal shall begin with. InvalidArgument when no terminal has it."""
+
+
+class DockerStartBody(StartBody):
+    """Docker's: a size is `[height, width]`, each a uint32."""
+
     console_size: _Box | None = None
+
+    def size(self) -> ConsoleSize | None:
+        """See StartBody."""
+        return console_size(self.console_size)
+
+
+class LibpodStartBody(StartBody):
+    """Podman's: a size is two uint16."""
+
+    h: _Dimension = 0
+    w: _Dimension = 0
+
+    def size(self) -> ConsoleSize | None:
+        """See StartBody."""
+        return console_size((self.h, self.w))
+
+
+class RemoveBody(Body):
+    """`POST /libpod/exec/{id}/remove`."""
+
+    force: bool = False
 
 
 _Model = TypeVar("_Model", bound=Body)
 
 
-async def read_body(request: web.Request, model: type[_Model]) -> _Model:
-    """Return the request's JSON body as `model`. InvalidArgument; TooLarge comes from the server."""
-    check_content_type(request)
+async def read_body(request: web.Request, model: type[_Model], *, typed: bool = True) -> _Model:
+    """Return the request's JSON body as `model`. InvalidArgument; TooLarge comes from the server.
+
+    `typed` refuses a body that is not declared as JSON.
+    """
+    if typed:
+        check_content_type(request)
     data = await request.read()
     return parse_body(data, model) if data else model()
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from execgate.http.dialects import Dialect, dialect_of
 from execgate.model.errors import (
     Conflict,
     ExecgateError,
@@ -41,39 +42,44 @@ def status_of(error: ExecgateError) -> int:
     return next((status for category, status in _STATUS.items() if isinstance(error, category)), 500)
 
 
-def json_error(status: int, message: str) -> web.Response:
-    """Return Docker's error body. Lone surrogates from a decoded path are replaced: JSON is UTF-8 here."""
-    body = json.dumps({"message": message}).encode()
-    return web.Response(status=status, body=body, content_type="application/json")
+def error_json(dialect: Dialect, status: int, message: str) -> bytes:
+    """Return the body of an error in the words of an API. Lone surrogates from a decoded path are escaped."""
+    return json.dumps(dialect.error_body(status, *dialect.reworded(message))).encode()
+
+
+def json_error(dialect: Dialect, status: int, message: str) -> web.Response:
+    """Return an error as an answer."""
+    return web.Response(status=status, body=error_json(dialect, status, message), content_type="application/json")
 
 
 @web.middleware
 async def error_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every failure in JSON, and keep tracebacks on this side."""
+    dialect = dialect_of(request.path)
     try:
         return await handler(request)
     except ExecgateError as error:
         status = status_of(error)
         level = logging.ERROR if status >= 500 else logging.DEBUG
         log.log(level, "%s %s: %d %s%s", request.method, request.path, status, error, _hint(error))
-        return json_error(status, error.message)
+        return json_error(dialect, status, error.message)
     except web.HTTPException as error:
-        return _http_error(error)
+        return _http_error(dialect, error)
     except ConnectionError:  # the client left; raised further it would be logged as a bug of ours
-        return json_error(400, "the client is gone")
+        return json_error(dialect, 400, "the client is gone")
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
-        return json_error(500, "internal error; the service's log has the details")
+        return json_error(dialect, 500, "internal error; the service's log has the details")
 
 
 def _hint(error: ExecgateError) -> str:
     return f" ({error.hint})" if error.hint else ""
 
 
-def _http_error(error: web.HTTPException) -> web.Response:
+def _http_error(dialect: Dialect, error: web.HTTPException) -> web.Response:
     """Word aiohttp's own refusals as Docker would: to it, a wrong method is an unknown page."""
     if error.status in (404, 405):
-        return json_error(404, "page not found")
+        return json_error(dialect, 404, "page not found")
     if error.status == 413:
-        return json_error(413, "the request body is too large")
-    return json_error(error.status, error.reason.lower())
+        return json_error(dialect, 413, "the request body is too large")
+    return json_error(dialect, error.status, error.reason.lower())

@@ -14,7 +14,6 @@ too large, too slow or compressed.
 """
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -24,6 +23,8 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from execgate.http.dialects import DOCKER, Dialect, dialect_of
+from execgate.http.errors import error_json
 from execgate.model.errors import Internal
 from execgate.wire.request_head import BadRequest, Body, Head, NeedData, RequestSplitter
 
@@ -57,6 +58,7 @@ class FrontProtocol(asyncio.Protocol):
         self._arriving = False  # a request has begun, and its body is not complete
         self._hijackable = False  # that request, or the last one that arrived
         self._outstanding = 0
+        self._dialect = DOCKER  # of the last request whose path is known
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
 
@@ -173,13 +175,15 @@ class FrontProtocol(asyncio.Protocol):
             raise BadRequest(400, "malformed request") from error
 
     def _begin(self, head: Head) -> None:
+        path = unquote(head.path)
+        self._dialect = dialect_of(path)
         if any(coding.lower() != "identity" for coding in head.headers("content-encoding")):
             raise BadRequest(415, "compressed request bodies are not accepted")
         if any(expectation.lower() != "100-continue" for expectation in head.headers("expect")):
             raise BadRequest(417, "the only expectation met here is 100-continue")
         self._outstanding += 1
         self._arriving = True
-        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
+        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(path) is not None
         self._arm(BODY_TIMEOUT)
 
     def _hold(self, data: bytes) -> None:
@@ -196,7 +200,7 @@ class FrontProtocol(asyncio.Protocol):
             return
         if self._arriving:  # a handler may be waiting for a body that will never be whole
             if self._outstanding == 1:
-                transport.write(_error_response(status, message))
+                transport.write(_error_response(self._dialect, status, message))
             transport.close()
             return
         if self._outstanding:  # an answer is being written: this one would land in the middle of it
@@ -204,7 +208,7 @@ class FrontProtocol(asyncio.Protocol):
             self._arm(None)
             return
         log.debug("refused a request: %d %s", status, message)
-        transport.write(_error_response(status, message))
+        transport.write(_error_response(self._dialect, status, message))
         if self._eof or not transport.can_write_eof():
             transport.close()
             return
@@ -258,8 +262,8 @@ async def front_middleware(
     return response
 
 
-def _error_response(status: int, message: str) -> bytes:
-    body = json.dumps({"message": message}).encode() + b"\n"
+def _error_response(dialect: Dialect, status: int, message: str) -> bytes:
+    body = error_json(dialect, status, message) + b"\n"
     try:
         reason = HTTPStatus(status).phrase
     except ValueError:

@@ -19,6 +19,7 @@ import termios
 from collections import deque
 from collections.abc import Callable
 
+from execgate.http.dialects import ErrorLine
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
 
@@ -37,7 +38,8 @@ _LINGER = 2.0
 class HijackedStream(asyncio.Protocol):
     """The client's side of an attached session (`sessions.manager.AttachedClient`).
 
-    `multiplexed` frames the output with `wire.stdcopy`; otherwise stdout and stderr are one raw stream.
+    `multiplexed` frames the output with `wire.stdcopy`; otherwise stdout and stderr are one raw stream. `error_line`
+    is how the client's API words an error in a stream.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class HijackedStream(asyncio.Protocol):
         eof: bool,
         *,
         multiplexed: bool,
+        error_line: ErrorLine,
         lost: Callable[[Exception | None], None],
     ) -> None:
         self._transport = transport
         self._multiplexed = multiplexed
+        self._error_line = error_line
         self._tell_lost = lost
         self._input: deque[bytes] = deque([held] if held else [])
         self._input_size = len(held)
@@ -101,14 +105,14 @@ class HijackedStream(asyncio.Protocol):
         return data
 
     async def finish(self, message: str = "") -> None:
-        """Send `message` if any, as dockerd words its errors in a stream, then end the connection in order."""
+        """Send `message` if any, as a line in the stream, then end the connection in order."""
         if self._finished:
             return
         self._finished = True
         if message:
-            text = f"{message}\r\n".encode(errors="replace")
+            text = self._error_line.form.format(message).encode(errors="replace")
             try:
-                await self.send(stdcopy.STDOUT, text)
+                await self.send(self._error_line.stream, text)
             except ClientGone:
                 return
         self._discard_input()

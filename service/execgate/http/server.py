@@ -4,19 +4,15 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable
 from typing import Any, cast
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
-from execgate.http.dialects import DOCKER, Dialect
+from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
-from execgate.http.routes.containers import ContainerRoutes
-from execgate.http.routes.events import EventRoutes
-from execgate.http.routes.execs import ExecRoutes
-from execgate.http.routes.system import SystemRoutes
+from execgate.http.tree import Tree
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
 
 log = logging.getLogger(__name__)
@@ -32,42 +28,16 @@ _SHUTDOWN_TIMEOUT = 2.0
 # From Python 3.13 on a loop removes a unix socket's file when its server closes. An inherited socket's is systemd's.
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+def build_application(trees: Iterable[Tree]) -> web.Application:
+    """Return the application that serves these trees."""
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware])
+    for tree in trees:
+        for method, path, handler in tree.routes():
+            app.router.add_route(method, path, handler)
 
-def build_application(
-    execs: ExecRoutes,
-    containers: ContainerRoutes,
-    events: EventRoutes,
-    system: SystemRoutes,
-    dialect: Dialect = DOCKER,
-) -> web.Application:
-    """Return the application: every route with and without an API version."""
-    app = web.Application(
-        client_max_size=MAX_BODY,
-        middlewares=[front_middleware, error_middleware, _version_middleware(dialect)],
-    )
-    routes: list[tuple[str, str, Handler]] = [
-        ("GET", "/_ping", system.ping),
-        ("HEAD", "/_ping", system.ping),
-        ("GET", "/version", system.version),
-        ("GET", "/info", system.info),
-        ("GET", "/events", events.stream),
-        ("GET", "/containers/json", containers.list),
-        ("GET", "/containers/{name}/json", containers.inspect),
-        ("GET", "/containers/{name}/top", containers.top),
-        ("POST", "/containers/{name}/exec", execs.create),
-        ("POST", "/exec/{id}/start", execs.start),
-        ("POST", "/exec/{id}/resize", execs.resize),
-        ("GET", "/exec/{id}/json", execs.inspect),
-    ]
-    for method, path, handler in routes:
-        app.router.add_route(method, path, handler)
-        app.router.add_route(method, r"/v{version:[0-9.]+}" + path, handler)
-    headers = dialect.headers()
-
-    async def add_headers(_request: web.Request, response: web.StreamResponse) -> None:
-        response.headers.update(headers)
+    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(dialect_of(request.path).headers())
 
     app.on_response_prepare.append(add_headers)
     return app
@@ -129,7 +99,7 @@ class _Connection(web.RequestHandler):
 
     def handle_error(
         self,
-        request: web.BaseRequest,  # noqa: ARG002
+        request: web.BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
         message: str | None = None,
@@ -138,15 +108,6 @@ class _Connection(web.RequestHandler):
         if status >= 500:
             log.error("a request failed outside its handler", exc_info=exc)
             message = "internal error; the service's log has the details"
-        response = json_error(status, message or "bad request")
+        response = json_error(dialect_of(request.path), status, message or "bad request")
         response.force_close()
         return response
-
-
-def _version_middleware(dialect: Dialect) -> Middleware:
-    @web.middleware
-    async def check_version(request: web.Request, handler: Handler) -> web.StreamResponse:
-        dialect.version_of(request)
-        return await handler(request)
-
-    return check_version

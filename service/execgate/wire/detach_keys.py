@@ -25,6 +25,17 @@ def parse_detach_keys(text: str) -> bytes:
     return bytes(key for key in keys if key is not None)
 
 
+def format_detach_keys(keys: bytes) -> str:
+    """Return the text that `parse_detach_keys` makes `keys` of; "" for no keys, which it does not take."""
+    return ",".join(map(_key_name, keys))
+
+
+def _key_name(code: int) -> str:
+    if code == _DEL:
+        return "DEL"
+    return f"ctrl-{_CONTROL_ALPHABET[code]}" if code < len(_CONTROL_ALPHABET) else chr(code)
+
+
 def _key_code(key: str) -> int | None:
     if len(key) == 1 and key.isascii():
         return ord(key)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -11,6 +11,7 @@ from aiohttp import web
 
 from execgate.http.filters import matches_label, parse_filters
 from execgate.http.front import front_of
+from execgate.http.tree import Route
 from execgate.model.errors import InvalidArgument
 from execgate.model.events import Event
 from execgate.sessions.events import EventBus, Subscription
@@ -24,6 +25,10 @@ class EventRoutes:
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
+
+    def routes(self) -> Sequence[Route]:
+        """See tree.RouteGroup."""
+        return [("GET", "/events", self.stream)]
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """GET /events?since=&until=&filters=."""

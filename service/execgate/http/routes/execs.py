@@ -1,36 +1,45 @@
 """The four exec routes: create, start, resize, inspect."""
 
-import base64
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 
 from execgate.http.bodies import CreateBody, StartBody, console_size, read_body
-from execgate.http.dialects import ApiVersion, Dialect, upgrade_head
+from execgate.http.dialects import DEFAULT_DETACH_KEYS, ApiVersion, Dialect, TtyOf, upgrade_head
 from execgate.http.front import front_of
 from execgate.http.hijack import HijackedStream
+from execgate.http.query import flag
+from execgate.http.tree import Route
 from execgate.model.config import ConsoleSize, ExecConfig
-from execgate.model.errors import InvalidArgument
-from execgate.model.session import ExecSession
+from execgate.model.errors import Conflict, InvalidArgument
 from execgate.sessions.manager import AlreadyStarted, SessionManager
 from execgate.wire.detach_keys import parse_detach_keys
 
-_DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
 _NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
 _WINSIZE_MAX = 2**16 - 1
 
 
 class ExecRoutes:
-    """Docker's exec API over a `SessionManager`."""
+    """The exec API over a `SessionManager`, in the manner of one dialect."""
 
     def __init__(self, manager: SessionManager, dialect: Dialect) -> None:
         self._manager = manager
         self._dialect = dialect
 
+    def routes(self) -> Sequence[Route]:
+        """See tree.RouteGroup."""
+        return [
+            ("POST", "/containers/{name}/exec", self.create),
+            ("POST", "/exec/{id}/start", self.start),
+            ("POST", "/exec/{id}/resize", self.resize),
+            ("GET", "/exec/{id}/json", self.inspect),
+        ]
+
     async def create(self, request: web.Request) -> web.Response:
         """POST /containers/{name}/exec."""
-        body = await read_body(request, CreateBody)
+        body = await read_body(request, CreateBody, typed=self._dialect.checks_content_type)
         if not body.cmd:
             raise InvalidArgument("No exec command specified")
         session = await self._manager.create(request.match_info["name"], self._config(body, request))
@@ -38,19 +47,22 @@ class ExecRoutes:
 
     async def start(self, request: web.Request) -> web.StreamResponse:
         """POST /exec/{id}/start: detached, or the connection becomes the session's stream."""
-        body = await read_body(request, StartBody)
+        body = await read_body(request, self._dialect.start_body, typed=self._dialect.checks_content_type)
         session_id = request.match_info["id"]
         size = self._start_size(body, request)
         if body.detach:
             await self._manager.start_detached(session_id, size)
-            return web.Response()
+            return self._detached()
+        raw = self._is_raw(body, session_id)
 
         async def take_over() -> HijackedStream:
-            return _hijack(request, self._dialect, multiplexed=not body.tty)
+            return _hijack(request, self._dialect, multiplexed=not raw)
 
         try:
             await self._manager.start_attached(session_id, size, take_over)
         except AlreadyStarted as error:
+            if not self._dialect.tells_second_start_in_stream:
+                raise
             # What dockerd finds out after the hijack it says in the stream, and clients look there.
             stream = await take_over()
             await stream.finish(error.message)
@@ -60,12 +72,18 @@ class ExecRoutes:
     async def resize(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/resize?h=&w=."""
         size = ConsoleSize(height=_dimension(request, "h", "height"), width=_dimension(request, "w", "width"))
-        await self._manager.resize(request.match_info["id"], size)
-        return web.Response()
+        late = self._dialect.resize_may_come_late
+        try:
+            await self._manager.resize(request.match_info["id"], size)
+        except Conflict:
+            if not late or not flag(request, late):
+                raise
+        return web.Response(status=self._dialect.resized_status)
 
     async def inspect(self, request: web.Request) -> web.Response:
         """GET /exec/{id}/json."""
-        return web.json_response(inspection(self._manager.inspect(request.match_info["id"])))
+        session = self._manager.inspect(request.match_info["id"])
+        return web.json_response(self._dialect.answers.session(session))
 
     def _config(self, body: CreateBody, request: web.Request) -> ExecConfig:
         sized = self._dialect.version_of(request) >= self._dialect.console_size_since
@@ -76,47 +94,32 @@ class ExecRoutes:
             attach_stdin=body.attach_stdin,
             attach_stdout=body.attach_stdout,
             attach_stderr=body.attach_stderr,
-            detach_keys=parse_detach_keys(body.detach_keys or _DEFAULT_DETACH_KEYS),
+            detach_keys=self._detach_keys(body.detach_keys),
             env=tuple(body.env),
             privileged=body.privileged,
             user=body.user,
             working_dir=body.working_dir,
         )
 
+    def _detach_keys(self, text: str | None) -> bytes:
+        if text == "" and self._dialect.empty_disables_detach_keys:
+            return b""
+        return parse_detach_keys(text or DEFAULT_DETACH_KEYS)
+
     def _start_size(self, body: StartBody, request: web.Request) -> ConsoleSize | None:
         if not body.tty or self._dialect.version_of(request) < self._dialect.console_size_since:
             return None
-        return console_size(body.console_size)
+        return body.size()
 
+    def _is_raw(self, body: StartBody, session_id: str) -> bool:
+        """Return whether the output is sent as it is, without frames."""
+        if self._dialect.framed_by is TtyOf.START:
+            return body.tty
+        return self._manager.inspect(session_id).config.tty
 
-def inspection(session: ExecSession) -> dict[str, Any]:
-    """Return a session as `GET /exec/{id}/json` shows it.
-
-    `ExitCodeSource` is ours: how the code was learnt, `unknown` included, in which case the code is 255.
-    """
-    config = session.config
-    process: dict[str, Any] = {
-        "tty": config.tty,
-        "entrypoint": config.args[0],
-        "arguments": list(config.args[1:]),
-        "privileged": config.privileged,
-    }
-    if config.user:
-        process["user"] = config.user
-    return {
-        "ID": session.id,
-        "Running": session.running,
-        "ExitCode": session.exit.code if session.exit else None,
-        "ExitCodeSource": session.exit.source if session.exit else None,
-        "ProcessConfig": process,
-        "OpenStdin": config.attach_stdin,
-        "OpenStderr": config.attach_stderr,
-        "OpenStdout": config.attach_stdout,
-        "CanRemove": session.exit is not None,
-        "ContainerID": session.container.container_id,
-        "DetachKeys": base64.b64encode(config.detach_keys).decode("ascii"),  # as Go encodes its []byte
-        "Pid": session.process.pid if session.process and session.running else 0,
-    }
+    def _detached(self) -> web.Response:
+        text = self._dialect.detached_answer
+        return web.Response(text=text, charset="us-ascii") if text else web.Response()
 
 
 def _hijack(request: web.Request, dialect: Dialect, *, multiplexed: bool) -> HijackedStream:
@@ -127,7 +130,14 @@ def _hijack(request: web.Request, dialect: Dialect, *, multiplexed: bool) -> Hij
 
     def successor(transport: Any, held: bytes, eof: bool) -> HijackedStream:
         nonlocal stream
-        stream = HijackedStream(transport, held, eof, multiplexed=multiplexed, lost=front.connection_lost)
+        stream = HijackedStream(
+            transport,
+            held,
+            eof,
+            multiplexed=multiplexed,
+            error_line=dialect.error_line,
+            lost=front.connection_lost,
+        )
         return stream
 
     front.take_over(successor)

@@ -5,21 +5,33 @@ import os
 import platform
 import socket
 from collections import Counter
+from collections.abc import Sequence
 
 from aiohttp import web
 
 from execgate import __version__
 from execgate.containers.catalog import Catalog
+from execgate.http.answers.subjects import Counts, Host
 from execgate.http.dialects import Dialect, dotted
+from execgate.http.tree import Route
 from execgate.model.container import ContainerStatus
 
 
 class SystemRoutes:
-    """Docker's system queries."""
+    """The system queries, in the manner of one dialect."""
 
     def __init__(self, catalog: Catalog, dialect: Dialect) -> None:
         self._catalog = catalog
         self._dialect = dialect
+
+    def routes(self) -> Sequence[Route]:
+        """See tree.RouteGroup."""
+        return [
+            ("GET", "/_ping", self.ping),
+            ("HEAD", "/_ping", self.ping),
+            ("GET", "/version", self.version),
+            ("GET", "/info", self.info),
+        ]
 
     async def ping(self, request: web.Request) -> web.Response:
         """GET and HEAD /_ping."""
@@ -28,58 +40,27 @@ class SystemRoutes:
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version."""
-        host = platform.uname()
-        numbers = {
-            "ApiVersion": dotted(self._dialect.maximum),
-            "MinAPIVersion": dotted(self._dialect.minimum),
-            "GitCommit": "",
-            "GoVersion": "",
-            "Os": "linux",
-            "Arch": _architecture(host.machine),
-            "KernelVersion": host.release,
-            "BuildTime": "",
-        }
-        return web.json_response(
-            {
-                "Platform": {"Name": "execgate"},
-                "Components": [{"Name": "execgate", "Version": __version__, "Details": numbers}],
-                "Version": __version__,
-                **numbers,
-            }
-        )
+        return web.json_response(self._dialect.answers.version(self._host()))
 
     async def info(self, _request: web.Request) -> web.Response:
         """GET /info."""
+        states = Counter(container.status for container in await asyncio.to_thread(self._catalog.list))
+        counts = Counts(states.total(), states[ContainerStatus.RUNNING], states[ContainerStatus.PAUSED])
+        return web.json_response(self._dialect.answers.info(self._host(), counts))
+
+    def _host(self) -> Host:
         host = platform.uname()
-        counts = Counter(container.status for container in await asyncio.to_thread(self._catalog.list))
-        running, paused = counts[ContainerStatus.RUNNING], counts[ContainerStatus.PAUSED]
-        return web.json_response(
-            {
-                "ID": "",
-                "Name": socket.gethostname(),
-                "ServerVersion": __version__,
-                "Containers": counts.total(),
-                "ContainersRunning": running,
-                "ContainersPaused": paused,
-                "ContainersStopped": counts.total() - running - paused,
-                "Images": 0,
-                "Driver": "oci",
-                "DriverStatus": [],
-                "Plugins": {"Volume": [], "Network": [], "Authorization": [], "Log": []},
-                "OperatingSystem": "execgate",
-                "OSType": "linux",
-                "Architecture": host.machine,
-                "KernelVersion": host.release,
-                "NCPU": os.cpu_count() or 1,
-                "MemTotal": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-                "DefaultRuntime": "",
-                "Runtimes": {},
-                "Swarm": {"LocalNodeState": "inactive"},
-                "Labels": [],
-                "Warnings": [],
-                "SecurityOptions": [],
-                "ExperimentalBuild": False,
-            }
+        return Host(
+            name=socket.gethostname(),
+            system="linux",
+            machine=host.machine,
+            architecture=_architecture(host.machine),
+            kernel=host.release,
+            processors=os.cpu_count() or 1,
+            memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            version=__version__,
+            api_version=dotted(self._dialect.maximum),
+            oldest_api_version=dotted(self._dialect.minimum),
         )
 
 
