@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from execgate.http.bodies import CreateBody, StartBody, console_size, parse_body
+from execgate.http.bodies import CreateBody, DockerStartBody, console_size, parse_body
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import InvalidArgument
 
@@ -44,7 +44,7 @@ def test_nothing_is_the_default(data: bytes) -> None:
 
 @pytest.mark.parametrize("key", ["Detach", "detach", "DETACH", "dEtAcH"])
 def test_any_case(key: str) -> None:
-    assert parse_body(json.dumps({key: True}).encode(), StartBody).detach
+    assert parse_body(json.dumps({key: True}).encode(), DockerStartBody).detach
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from execgate.http.dialects import DOCKER, dotted, parse_version, upgrade_head
+from execgate.http.dialects import DOCKER, dotted, upgrade_head
 from execgate.model.errors import InvalidArgument
 
 
@@ -36,7 +36,7 @@ def test_versions_out_of_range(text: str, said: str) -> None:
 )
 def test_what_is_no_version(text: str) -> None:
     with pytest.raises(InvalidArgument) as failure:
-        parse_version(text)
+        DOCKER.parse_version(text)
     assert len(failure.value.message) < 100
 
 
