@@ -15,8 +15,9 @@ import aiodocker
 import docker as docker_sdk  # type: ignore[import-untyped]
 import hypothesis
 import pytest
+from podman import PodmanClient
 
-from support.clients import Curl, DockerCli
+from support.clients import Curl, DockerCli, PodmanRemote
 from support.errors import HostError
 from support.leaks import assert_no_leaks, footprint
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
@@ -193,6 +194,12 @@ def docker(service: Service) -> DockerCli:
 
 
 @pytest.fixture(scope="session")
+def podman(service: Service) -> PodmanRemote:
+    """podman as a remote client: `podman("exec", container.id, "true").returncode`."""
+    return PodmanRemote.for_service(service)
+
+
+@pytest.fixture(scope="session")
 def curl(service: Service) -> Curl:
     """curl: `curl("/_ping").stdout`."""
     return Curl.for_service(service)
@@ -204,6 +211,13 @@ def docker_py(service: Service) -> Iterator[docker_sdk.DockerClient]:
     client = docker_sdk.DockerClient(base_url=service.host, timeout=60)
     yield client
     client.close()
+
+
+@pytest.fixture
+def podman_py(service: Service) -> Iterator[PodmanClient]:
+    """A podman-py client."""
+    with PodmanClient(base_url=service.host, timeout=60) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""The programs people use: the docker CLI and curl, aimed at one service."""
+"""The programs people use: the docker CLI, podman and curl, aimed at one service."""
 
 import os
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from support.service import Service
 
 
 @dataclass(frozen=True, slots=True)
-class DockerCli:
-    """The docker CLI with a configuration of its own, so that no context or credential of the user matters.
+class Cli(ABC):
+    """A client with its own configuration, so that nothing of the user's matters.
 
     Call it like the command: `docker("exec", "c", "true")`.
     """
@@ -21,16 +22,14 @@ class DockerCli:
     config: Path
     program: Path
 
-    @classmethod
-    def for_service(cls, service: Service) -> "DockerCli":
-        """Return the CLI for a service; its configuration lies in the service's directory."""
-        return cls(service.host, service.directory / "docker-config", find_program("docker"))
-
     @property
+    @abstractmethod
     def env(self) -> dict[str, str]:
-        """The environment that aims the CLI at the service."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
-        return kept | {"DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.config)}
+        """The environment that aims the client at the service."""
+
+    @abstractmethod
+    def argv(self, *arguments: str) -> list[str]:
+        """The command line, for a test that starts it in a terminal of its own."""
 
     def __call__(
         self,
@@ -54,9 +53,47 @@ class DockerCli:
         """Start one command, with pipes on all three streams unless the caller has better ones."""
         return subprocess.Popen(self.argv(*arguments), stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=self.env)
 
+
+class DockerCli(Cli):
+    """The docker CLI."""
+
+    __slots__ = ()
+
+    @classmethod
+    def for_service(cls, service: Service) -> "DockerCli":
+        """Return the CLI for a service; its configuration lies in the service's directory."""
+        return cls(service.host, service.directory / "docker-config", find_program("docker"))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """See Cli."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
+        return kept | {"DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.config)}
+
     def argv(self, *arguments: str) -> list[str]:
-        """The command line, for a test that starts it in a terminal of its own."""
+        """See Cli."""
         return [str(self.program), *arguments]
+
+
+class PodmanRemote(Cli):
+    """`podman --remote`: the same program that is an engine without the flag."""
+
+    __slots__ = ()
+
+    @classmethod
+    def for_service(cls, service: Service) -> "PodmanRemote":
+        """Return the client for a service; what it takes for its user's home lies in the service's directory."""
+        return cls(service.host, service.directory / "podman-home", find_program("podman"))
+
+    @property
+    def env(self) -> dict[str, str]:
+        """See Cli."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONTAINER", "XDG_"))}
+        return kept | {"HOME": str(self.config), "CONTAINERS_CONF": os.devnull}
+
+    def argv(self, *arguments: str) -> list[str]:
+        """See Cli."""
+        return [str(self.program), "--remote", "--url", self.host, *arguments]
 
 
 @dataclass(frozen=True, slots=True)
