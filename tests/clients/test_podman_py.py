@@ -13,14 +13,12 @@ from podman.errors import APIError, NotFound
 
 from support.runtimes import TestContainer
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
-
 BOTH = ["sh", "-c", "echo out; echo err >&2"]
 
 
 @pytest.fixture(autouse=True)
-def collect_sockets() -> Iterator[None]:
-    """An error keeps its connection, and a traceback keeps the error, until the garbage collector comes."""
+def collect_sockets(no_leaks: None) -> Iterator[None]:
+    """An error keeps its connection, and a traceback the error, until the garbage collector comes; then nothing leaks."""
     yield
     gc.collect()
 
