@@ -18,7 +18,7 @@ BOTH = ["sh", "-c", "echo out; echo err >&2"]
 
 @pytest.fixture(autouse=True)
 def collect_sockets(no_leaks: None) -> Iterator[None]:
-    """An error keeps its connection, and a traceback the error, until the garbage collector comes; then nothing leaks."""
+    """An error keeps its connection, and a traceback the error, until the garbage collector comes."""
     yield
     gc.collect()
 

@@ -8,7 +8,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from contract.document import Document
 from execgate import __version__
-from execgate.http.dialects import DOCKER, dotted
+from execgate.http.dialects import DOCKER, LIBPOD, dotted
 from execgate.http.routes import all_trees
 from execgate.http.server import MAX_BODY, build_application
 from execgate.wire.request_head import MAX_FIELDS, MAX_HEAD, MAX_REQUEST_LINE
@@ -43,13 +43,24 @@ def test_it_has_exactly_the_routes_of_the_service() -> None:
     assert set(map(_unversioned, _routes())) == documented
 
 
-def test_every_route_exists_with_and_without_a_version() -> None:
+def test_every_route_exists_with_a_version_and_docker_s_without_one_too() -> None:
     servers = [server["url"] for server in DOCUMENT.raw["servers"]]
     assert servers == ["http://localhost/v{version}", "http://localhost"]
-    prefixes = {path.removesuffix(_unversioned((method, path))[1]) for method, path in _routes()}
-    assert prefixes == {"/v{version}", ""}
-    assert len(_routes()) == 2 * len(DOCUMENT.operations)
+    prefixes: dict[tuple[str, str], set[str]] = {}
+    for method, path in _routes():
+        route = _unversioned((method, path))
+        prefixes.setdefault(route, set()).add(path.removesuffix(route[1]))
+    for (_, path), found in prefixes.items():
+        assert found == ({"/v{version}"} if path.startswith("/libpod/") else {"/v{version}", ""}), path
     assert len(set(_routes())) == len(_routes())
+
+
+def test_the_libpod_tree_is_served_with_a_version_only() -> None:
+    for path, item in DOCUMENT.raw["paths"].items():
+        servers = [server["url"] for server in item.get("servers", ())]
+        assert servers == (["http://localhost/v{version}"] if path.startswith("/libpod/") else []), path
+        if servers:
+            assert item["servers"][0]["variables"]["version"]["default"] == dotted(LIBPOD.maximum)
 
 
 def _unversioned(route: tuple[str, str]) -> tuple[str, str]:
