@@ -135,7 +135,7 @@ def test_what_is_not_there(podman_py: PodmanClient, k: Any) -> None:
         k.exec_run("true", user="nosuch")
 
 
-def test_around_an_exec(podman_py: PodmanClient, container: TestContainer, k: Any) -> None:
+def test_around_an_exec(podman_py: Any, container: TestContainer, k: Any) -> None:
     assert podman_py.ping()
     assert podman_py.version()["Os"] == "linux"
     assert podman_py.info()["version"]["APIVersion"] == "5.8.0"

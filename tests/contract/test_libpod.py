@@ -259,7 +259,8 @@ def test_the_size_at_start(fields: dict[str, Any], size: bytes, api: Api, contai
 @pytest.mark.parametrize("field", ["h", "w"])
 def test_a_size_that_no_terminal_has(field: str, api: Api, container: TestContainer) -> None:
     session_id = api.create(container.id, "true", version=V4, Tty=True)
-    response = post(api, f"{V4}/exec/{session_id}/start", Tty=True, **{"h": 1, "w": 1, field: 65536})
+    sizes: dict[str, Any] = {"h": 1, "w": 1, field: 65536}
+    response = post(api, f"{V4}/exec/{session_id}/start", Tty=True, **sizes)
     assert error(response)[0] == 400
 
 
@@ -427,10 +428,9 @@ def test_a_container_lists_its_sessions(api: Api, new_container: Callable[..., T
 def test_what_podman_from_5_7_on_does(api: Api, container: TestContainer) -> None:
     """It wants a 101, sends Upgrade, and removes the session in the end; a failure there is its exit code."""
     target = f"{V5}/containers/{container.id}/exec"
-    create = {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True, "DetachKeys": "ctrl-p,ctrl-q"}
-    session_id = post(api, target, Cmd=["sh", "-c", "cat; exit 3"], Env=[], Tty=False, Detach=False, **create).json[
-        "Id"
-    ]
+    create: dict[str, Any] = dict.fromkeys(("AttachStdin", "AttachStdout", "AttachStderr"), True)
+    created = post(api, target, Cmd=["sh", "-c", "cat; exit 3"], Env=[], Tty=False, Detach=False, **create)
+    session_id = created.json["Id"]
     assert api.call("GET", f"{V5}/exec/{session_id}/json").json["ProcessConfig"]["tty"] is False
     body = b'{"Detach":false,"Tty":false,"h":0,"w":0}'
     with RawConnection(api.socket) as connection:

@@ -58,7 +58,6 @@ class FrontProtocol(asyncio.Protocol):
         self._arriving = False  # a request has begun, and its body is not complete
         self._hijackable = False  # that request, or the last one that arrived
         self._outstanding = 0
-        self._dialect = DOCKER  # of the last request whose path is known
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
 
@@ -175,15 +174,13 @@ class FrontProtocol(asyncio.Protocol):
             raise BadRequest(400, "malformed request") from error
 
     def _begin(self, head: Head) -> None:
-        path = unquote(head.path)
-        self._dialect = dialect_of(path)
         if any(coding.lower() != "identity" for coding in head.headers("content-encoding")):
             raise BadRequest(415, "compressed request bodies are not accepted")
         if any(expectation.lower() != "100-continue" for expectation in head.headers("expect")):
             raise BadRequest(417, "the only expectation met here is 100-continue")
         self._outstanding += 1
         self._arriving = True
-        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(path) is not None
+        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
         self._arm(BODY_TIMEOUT)
 
     def _hold(self, data: bytes) -> None:
@@ -200,7 +197,7 @@ class FrontProtocol(asyncio.Protocol):
             return
         if self._arriving:  # a handler may be waiting for a body that will never be whole
             if self._outstanding == 1:
-                transport.write(_error_response(self._dialect, status, message))
+                transport.write(self._error_response(status, message))
             transport.close()
             return
         if self._outstanding:  # an answer is being written: this one would land in the middle of it
@@ -208,12 +205,17 @@ class FrontProtocol(asyncio.Protocol):
             self._arm(None)
             return
         log.debug("refused a request: %d %s", status, message)
-        transport.write(_error_response(self._dialect, status, message))
+        transport.write(self._error_response(status, message))
         if self._eof or not transport.can_write_eof():
             transport.close()
             return
         transport.write_eof()
         self._arm(_LINGER)
+
+    def _error_response(self, status: int, message: str) -> bytes:
+        """Word a refusal as the API that was asked would; Docker's when it was not said yet which one is."""
+        path = self._splitter.path
+        return _error_response(DOCKER if path is None else dialect_of(unquote(path)), status, message)
 
     def _expired(self) -> None:
         """Too slow."""

@@ -73,10 +73,7 @@ class Head:
     @property
     def path(self) -> str:
         """The path of the target, still percent-encoded and without the query; `*` for `OPTIONS *`."""
-        path = self.target.partition("?")[0]
-        if path.startswith(("/", "*")):
-            return path
-        return "/" + path.partition("://")[2].partition("/")[2]  # absolute-form (3.2.2)
+        return _path_of(self.target)
 
     def header(self, name: str) -> str | None:
         """Return the value of the first field of that name, in any case, or None."""
@@ -147,6 +144,11 @@ class RequestSplitter:
     def idle(self) -> bool:
         """Whether no part of a request is here: EOF is no error, and only a keep-alive timeout applies."""
         return self._state is _State.START_LINE and not self._buffer and not self._empty_lines
+
+    @property
+    def path(self) -> str | None:
+        """The path (see `Head.path`) of the request that is arriving or was refused; None before its first line."""
+        return None if self._request is None else _path_of(self._request.target)
 
     def feed(self, data: bytes) -> None:
         """Add received bytes. After an error they are dropped."""
@@ -341,6 +343,13 @@ class RequestSplitter:
         self._body_size += size
         if self._body_size > self._max_body:
             raise BadRequest(413, "the body is too large")
+
+
+def _path_of(target: str) -> str:
+    path = target.partition("?")[0]
+    if path.startswith(("/", "*")):
+        return path
+    return "/" + path.partition("://")[2].partition("/")[2]  # absolute-form (3.2.2)
 
 
 _STEPS: Final[dict[_State, Callable[[RequestSplitter], Event | NeedData | None]]] = {

@@ -224,6 +224,22 @@ async def test_a_refusal_is_json_and_an_orderly_end(world: World) -> None:
     assert not world.front.eof_received()
 
 
+@pytest.mark.parametrize(
+    ("sent", "keys"),
+    [
+        (b"GET /v4.3.1/libpod/info HTTP/1.1\r\nno field\r\n", ["cause", "message", "response"]),
+        (b"GET /v4.3.1/%6cibpod/info HTTP/1.1\r\nno field\r\n", ["cause", "message", "response"]),
+        (b"GET /v4.3.1/info?/libpod/ HTTP/1.1\r\nno field\r\n", ["message"]),
+        (b"GET /v4.3.1/libpod/info\r\n", ["message"]),
+    ],
+)
+async def test_a_refusal_has_the_form_of_the_tree_that_was_asked(sent: bytes, keys: list[str], world: World) -> None:
+    world.feed(sent)
+    head, _, body = world.transport.written.partition(b"\r\n\r\n")
+    assert list(json.loads(body)) == keys
+    assert f"Content-Length: {len(body)}".encode() in head
+
+
 async def test_a_refusal_does_not_land_within_another_answer(world: World) -> None:
     world.feed(PING + b"nonsense\r\n\r\n")
     assert not world.transport.written

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from execgate.model.errors import InvalidArgument
-from execgate.wire.detach_keys import MAX_KEYS, DetachFilter, parse_detach_keys
+from execgate.wire.detach_keys import MAX_KEYS, DetachFilter, format_detach_keys, parse_detach_keys
 
 DEFAULT = b"\x10\x11"
 
@@ -31,6 +31,17 @@ DEFAULT = b"\x10\x11"
 )
 def test_a_list_of_keys_is_its_bytes(text: str, keys: bytes) -> None:
     assert parse_detach_keys(text) == keys
+
+
+@given(st.lists(st.integers(0, 127).filter(lambda code: code != ord(",")), min_size=1, max_size=MAX_KEYS).map(bytes))
+def test_keys_written_out_are_read_back(keys: bytes) -> None:
+    text = format_detach_keys(keys)
+    assert parse_detach_keys(text) == keys
+    assert text.isprintable()
+
+
+def test_no_keys_are_written_as_nothing() -> None:
+    assert format_detach_keys(b"") == ""
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,18 @@ def test_the_path_is_that_of_the_target(target: str, path: str) -> None:
     assert (head.target, head.path) == (target, path)
 
 
+def test_the_path_is_known_from_the_first_line_to_the_end_and_after_a_refusal() -> None:
+    splitter = RequestSplitter()
+    seen = []
+    for chunk in (b"GET /_ping?x HTTP/1.1", b"\r\n", b"Host: docker\r\n", b"\r\n"):
+        splitter.feed(chunk)
+        list(drain(splitter))
+        seen.append(splitter.path)
+    assert seen == [None, "/_ping", "/_ping", None]
+    assert refusal([b"GET http://x/info HTTP/1.1\r\nno field\r\n"], splitter) == 400
+    assert splitter.path == "/info"
+
+
 def test_a_repr_tells_no_secret() -> None:
     head = split([b"GET / HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer hunter2\r\n\r\n"])[0]
     assert "hunter2" not in repr(head)
