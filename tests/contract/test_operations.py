@@ -35,11 +35,18 @@ REFUSALS: dict[int, dict[str, str]] = {
 
 NOT_PROVOKED = {503: "the host would have to run out of something"}
 NO_500 = frozenset(OPERATIONS) - {
-    "POST /exec/{id}/start",
-    "GET /containers/{name}/json",
-    "POST /containers/{name}/exec",
+    f"{method} {prefix}{path}"
+    for prefix in ("", "/libpod")
+    for method, path in [
+        ("POST", "/exec/{id}/start"),
+        ("GET", "/containers/{name}/json"),
+        ("POST", "/containers/{name}/exec"),
+    ]
 }
 """Operations in which only a bug of ours gives a 500."""
+
+LIBPOD = "/v4.3.1/libpod"
+_NOT_KNOWN_TO_BE_LIBPOD = (414, 505)  # the request line itself is refused, and its path with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +61,8 @@ class Scene:
     def create(self, *args: str) -> str:
         return self.api.create(self.running.id, *(args or ("true",)), AttachStdout=True)
 
-    def start(self, session_id: str, *, upgrade: bool = True, **fields: Any) -> Response:
-        with self.api.attach(session_id, upgrade=upgrade, **fields) as stream:
+    def start(self, session_id: str, *, upgrade: bool = True, version: str = "", **fields: Any) -> Response:
+        with self.api.attach(session_id, version=version, upgrade=upgrade, **fields) as stream:
             stream.read_raw()
         return stream.head
 
@@ -74,33 +81,41 @@ def _post(target: str, body: object = None) -> Provocation:
     return lambda scene: scene.api.call("POST", target.format(scene=scene, none=NO_SUCH_ID), body)
 
 
-def _start_twice(scene: Scene) -> Response:
-    session_id = scene.create()
-    scene.start(session_id)
-    return scene.api.start_detached(session_id)
+def _with_session(method: str, target: str, body: object = None, *, ended: bool = False) -> Provocation:
+    """Do this to a session that was only created, or has ended."""
+
+    def provoke(scene: Scene) -> Response:
+        session_id = scene.create()
+        if ended:
+            scene.start(session_id)
+        return scene.api.call(method, target.format(session_id), body)
+
+    return provoke
 
 
-def _resize_ended(scene: Scene) -> Response:
-    session_id = scene.create()
-    scene.start(session_id)
-    return scene.api.call("POST", f"/exec/{session_id}/resize?h=1&w=1")
+def _remove_running(scene: Scene) -> Response:
+    session_id = scene.create("sleep", "1000")
+    scene.api.start_detached(session_id)
+    response = scene.api.call("POST", f"{LIBPOD}/exec/{session_id}/remove", {"Force": False})
+    assert scene.api.call("POST", f"{LIBPOD}/exec/{session_id}/remove", {"Force": True}).status == 200
+    return response
 
 
-def _inspect_corrupt(scene: Scene) -> Response:
+def _inspect_corrupt(scene: Scene, prefix: str = "") -> Response:
     with scene.corrupt() as container:
-        return scene.api.call("GET", f"/containers/{container.id}/json")
+        return scene.api.call("GET", f"{prefix}/containers/{container.id}/json")
 
 
-def _create_in_corrupt(scene: Scene) -> Response:
+def _create_in_corrupt(scene: Scene, prefix: str = "") -> Response:
     with scene.corrupt() as container:
-        return scene.api.call("POST", f"/containers/{container.id}/exec", {"Cmd": ["true"]})
+        return scene.api.call("POST", f"{prefix}/containers/{container.id}/exec", {"Cmd": ["true"]})
 
 
-def _start_a_loop(scene: Scene) -> Response:
+def _start_a_loop(scene: Scene, prefix: str = "") -> Response:
     loop = scene.running.rootfs / "loop"
     if not loop.is_symlink():
         loop.symlink_to("loop")
-    return scene.api.start_detached(scene.create("/loop"))
+    return scene.api.call("POST", f"{prefix}/exec/{scene.create('/loop')}/start", {"Detach": True})
 
 
 PROVOCATIONS: dict[tuple[str, int], Provocation] = {
@@ -123,13 +138,44 @@ PROVOCATIONS: dict[tuple[str, int], Provocation] = {
     ("POST /exec/{id}/start", 101): lambda scene: scene.start(scene.create()),
     ("POST /exec/{id}/start", 200): lambda scene: scene.start(scene.create(), upgrade=False),
     ("POST /exec/{id}/start", 404): _post("/exec/{none}/start", {}),
-    ("POST /exec/{id}/start", 409): _start_twice,
+    ("POST /exec/{id}/start", 409): _with_session("POST", "/exec/{}/start", {"Detach": True}, ended=True),
     ("POST /exec/{id}/start", 500): _start_a_loop,
-    ("POST /exec/{id}/resize", 200): lambda scene: scene.api.call("POST", f"/exec/{scene.create()}/resize?h=40&w=120"),
+    ("POST /exec/{id}/resize", 200): _with_session("POST", "/exec/{}/resize?h=40&w=120"),
     ("POST /exec/{id}/resize", 404): _post("/exec/{none}/resize?h=1&w=1"),
-    ("POST /exec/{id}/resize", 409): _resize_ended,
-    ("GET /exec/{id}/json", 200): lambda scene: scene.api.call("GET", f"/exec/{scene.create()}/json"),
+    ("POST /exec/{id}/resize", 409): _with_session("POST", "/exec/{}/resize?h=1&w=1", ended=True),
+    ("GET /exec/{id}/json", 200): _with_session("GET", "/exec/{}/json"),
     ("GET /exec/{id}/json", 404): _get("/exec/{none}/json"),
+    ("GET /libpod/_ping", 200): _get(f"{LIBPOD}/_ping"),
+    ("HEAD /libpod/_ping", 200): lambda scene: scene.api.call("HEAD", f"{LIBPOD}/_ping"),
+    ("GET /libpod/version", 200): _get(f"{LIBPOD}/version"),
+    ("GET /libpod/info", 200): _get(f"{LIBPOD}/info"),
+    ("GET /libpod/containers/json", 200): _get(f"{LIBPOD}/containers/json?all=1"),
+    ("GET /libpod/containers/{name}/json", 200): _get(LIBPOD + "/containers/{scene.running.id}/json"),
+    ("GET /libpod/containers/{name}/json", 404): _get(f"{LIBPOD}/containers/none-such/json"),
+    ("GET /libpod/containers/{name}/json", 500): lambda scene: _inspect_corrupt(scene, LIBPOD),
+    ("GET /libpod/containers/{name}/exists", 204): _get(LIBPOD + "/containers/{scene.stopped.id}/exists"),
+    ("GET /libpod/containers/{name}/exists", 404): _get(f"{LIBPOD}/containers/none-such/exists"),
+    ("POST /libpod/containers/{name}/exec", 201): _post(
+        LIBPOD + "/containers/{scene.running.id}/exec", {"Cmd": ["true"]}
+    ),
+    ("POST /libpod/containers/{name}/exec", 404): _post(f"{LIBPOD}/containers/none-such/exec", {"Cmd": ["true"]}),
+    ("POST /libpod/containers/{name}/exec", 409): _post(
+        LIBPOD + "/containers/{scene.stopped.id}/exec", {"Cmd": ["true"]}
+    ),
+    ("POST /libpod/containers/{name}/exec", 500): lambda scene: _create_in_corrupt(scene, LIBPOD),
+    ("POST /libpod/exec/{id}/start", 101): lambda scene: scene.start(scene.create(), version=LIBPOD),
+    ("POST /libpod/exec/{id}/start", 200): lambda scene: scene.start(scene.create(), version=LIBPOD, upgrade=False),
+    ("POST /libpod/exec/{id}/start", 404): _post(LIBPOD + "/exec/{none}/start", {}),
+    ("POST /libpod/exec/{id}/start", 409): _with_session("POST", LIBPOD + "/exec/{}/start", {}, ended=True),
+    ("POST /libpod/exec/{id}/start", 500): lambda scene: _start_a_loop(scene, LIBPOD),
+    ("POST /libpod/exec/{id}/resize", 201): _with_session("POST", LIBPOD + "/exec/{}/resize?h=40&w=120"),
+    ("POST /libpod/exec/{id}/resize", 404): _post(LIBPOD + "/exec/{none}/resize?h=1&w=1"),
+    ("POST /libpod/exec/{id}/resize", 409): _with_session("POST", LIBPOD + "/exec/{}/resize?h=1&w=1", ended=True),
+    ("GET /libpod/exec/{id}/json", 200): _with_session("GET", LIBPOD + "/exec/{}/json"),
+    ("GET /libpod/exec/{id}/json", 404): _get(LIBPOD + "/exec/{none}/json"),
+    ("POST /libpod/exec/{id}/remove", 200): _with_session("POST", LIBPOD + "/exec/{}/remove"),
+    ("POST /libpod/exec/{id}/remove", 404): _post(LIBPOD + "/exec/{none}/remove"),
+    ("POST /libpod/exec/{id}/remove", 409): _remove_running,
 }
 
 
@@ -153,10 +199,13 @@ def test_an_answer_is_as_documented(operation: str, status: int, scene: Scene) -
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_version_outside_the_range_is_as_documented(operation: str, api: Api) -> None:
     method = operation.partition(" ")[0]
-    response = api.call(method, "/v1.1" + _target(OPERATIONS[operation]))
+    version, said = "1.1", "client version 1.1 is too old."
+    if _is_libpod(OPERATIONS[operation]):  # there every version is served
+        version, said = "1.1.1.1", "invalid API version '1.1.1.1'"
+    response = api.call(method, f"/v{version}" + _path(OPERATIONS[operation]))
     assert response.status == 400
     if method != "HEAD":
-        assert response.message.startswith("client version 1.1 is too old.")
+        assert response.json["message"].startswith(said)
 
 
 @pytest.mark.parametrize("status", REFUSALS)
@@ -189,16 +238,17 @@ def test_the_cap_on_sessions_is_as_documented(
 ) -> None:
     api = Api(new_service(env={"EXECGATE_MAX_SESSIONS": "1"}).socket, document)
     api.create(runc_container.id, "true")
-    response = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"]})
-    assert response.status == 429
-    assert response.message == "1 exec sessions are known already; try again later"
+    for prefix in ("", LIBPOD):
+        response = api.call("POST", f"{prefix}/containers/{runc_container.id}/exec", {"Cmd": ["true"]})
+        assert response.status == 429
+        assert response.json["message"] == "1 exec sessions are known already; try again later"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_documented_status_is_provoked(operation: str) -> None:
     provoked = {status for name, status in PROVOCATIONS if name == operation} | {400, 408} | REFUSALS.keys()
     excused = NOT_PROVOKED.keys() | ({500} if operation in NO_500 else set())
-    if operation == "POST /containers/{name}/exec":
+    if operation.endswith("/containers/{name}/exec"):
         provoked.add(429)
     assert OPERATIONS[operation].statuses - excused == provoked
 
@@ -207,7 +257,7 @@ REQUESTS = [
     (operation.path, name, example["value"])
     for operation in OPERATIONS.values()
     for media in operation.definition.get("requestBody", {}).get("content", {}).values()
-    for name, example in media["examples"].items()
+    for name, example in media.get("examples", {"": {"value": media.get("example")}}).items()
 ]
 
 
@@ -216,14 +266,18 @@ def test_an_example_of_a_request_is_accepted(
     path: str, name: str, body: dict[str, Any], api: Api, container: TestContainer
 ) -> None:
     """What people copy from the document works."""
+    prefix = LIBPOD if path.startswith("/libpod/") else ""
     if path.endswith("/exec"):
-        assert api.call("POST", f"/containers/{container.id}/exec", body).status == 201
-    elif body.get("Detach"):
-        assert api.call("POST", f"/exec/{api.create(container.id, 'true')}/start", body).status == 200
-    else:
-        with api.attach(api.create(container.id, "true", Tty=body["Tty"], AttachStdout=True), **body) as stream:
-            assert stream.head.status == 101
-            stream.read_raw()
+        assert api.call("POST", f"{prefix}/containers/{container.id}/exec", body).status == 201
+        return
+    session_id = api.create(container.id, "true", Tty=body.get("Tty", False), AttachStdout=True)
+    if path.endswith("/remove") or body.get("Detach"):
+        verb = path.rpartition("/")[2]
+        assert api.call("POST", f"{prefix}/exec/{session_id}/{verb}", body).status == 200
+        return
+    with api.attach(session_id, version=prefix, **body) as stream:
+        assert stream.head.status == 101
+        stream.read_raw()
 
 
 @contextlib.contextmanager
@@ -240,8 +294,16 @@ def corrupt_spec(container: TestContainer) -> Iterator[TestContainer]:
         path.write_text(good)
 
 
-def _target(operation: Operation) -> str:
+def _is_libpod(operation: Operation) -> bool:
+    return operation.path.startswith("/libpod/")
+
+
+def _path(operation: Operation) -> str:
     return operation.path.format(name="none-such", id=NO_SUCH_ID)
+
+
+def _target(operation: Operation) -> str:
+    return ("/v4.3.1" if _is_libpod(operation) else "") + _path(operation)
 
 
 def _refused(operation: Operation, status: int) -> bytes:
@@ -255,6 +317,7 @@ def _check_refusal(operation: Operation, response: Response, api: Api) -> None:
     assert not response.headers.keys() & set(ROUTE_HEADERS), response
     assert response.headers["content-type"] == "application/json"
     assert response.headers["connection"] == "close"
-    assert response.message
+    in_libpod_s_form = _is_libpod(operation) and response.status not in _NOT_KNOWN_TO_BE_LIBPOD
+    assert list(response.json) == (["cause", "message", "response"] if in_libpod_s_form else ["message"])
     if operation.method != "head":
         api.document.check(operation, response)
