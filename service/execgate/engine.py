@@ -13,20 +13,25 @@ import fcntl
 import logging
 import os
 import resource
-from collections.abc import AsyncIterator, Sequence
+import signal as signals
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
-from execgate.model.config import ExecConfig
-from execgate.model.errors import Conflict, Unavailable
+from execgate.model.config import ConsoleSize
+from execgate.model.errors import Conflict, StartFailed, Unavailable
+from execgate.model.options import ExecOptions, exec_config
+from execgate.model.session import ExecSession, ExitSource
 from execgate.oci import capabilities
 from execgate.runtime.conmon import ConmonRuntime
 from execgate.runtime.rootfs import read_in_container
 from execgate.runtime.tree import SessionCgroups
 from execgate.sessions.events import EventBus
+from execgate.sessions.live import BOTH
+from execgate.sessions.local import LocalStream
 from execgate.sessions.manager import Limits, SessionManager
 from execgate.sessions.oneshot import RunResult
 from execgate.sessions.oneshot import run as run_once
@@ -39,7 +44,12 @@ _SWEEP_INTERVAL = 15.0
 
 
 class Engine:
-    """The containers of this host, the sessions in them, and the events of these. Made by `open_engine`."""
+    """The containers of this host, the sessions in them, and the events of these. Made by `open_engine`.
+
+    Its methods are what programs need most; `containers` (a `Catalog`), `sessions` (a `SessionManager`) and `events`
+    (an `EventBus`) are all there is. `options` are the fields of `ExecConfig`, both outputs attached if nothing else
+    is said. Errors are the categories of `execgate.model.errors`.
+    """
 
     def __init__(self, containers: Catalog, sessions: SessionManager, events: EventBus) -> None:
         self.containers = containers
@@ -47,11 +57,86 @@ class Engine:
         self.events = events
 
     async def run(
-        self, container: str, args: Sequence[str], *, stdin: bytes = b"", limit: int = 1024 * 1024, **config: Any
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        limit: int = 1024 * 1024,
+        preserved: Sequence[int] = (),
+        sizes: AsyncIterable[ConsoleSize] | None = None,
+        **options: Unpack[ExecOptions],
     ) -> RunResult:
-        """Run a command to its end; see `sessions.oneshot.run`. `config` are further fields of `ExecConfig`."""
-        wanted = ExecConfig(args=tuple(args), **config)
-        return await run_once(self.sessions, container, wanted, stdin=stdin, limit=limit)
+        """Run a command to its end and return what it wrote; see `sessions.oneshot.run`."""
+        return await run_once(
+            self.sessions,
+            container,
+            exec_config(args, options),
+            stdin=stdin,
+            limit=limit,
+            preserved=preserved,
+            sizes=sizes,
+        )
+
+    async def create(self, container: str, args: Sequence[str], **options: Unpack[ExecOptions]) -> ExecSession:
+        """Register an exec in a running container. NotFound, Conflict, InvalidArgument, Exhausted."""
+        return await self.sessions.create(container, exec_config(args, options))
+
+    async def start_detached(self, session_id: str) -> ExecSession:
+        """Start with nothing attached; return once the process runs. StartFailed, Conflict, NotFound, Exhausted."""
+        return await self.sessions.start_detached(session_id)
+
+    async def start(
+        self,
+        session_id: str,
+        *,
+        size: ConsoleSize | None = None,
+        preserved: Sequence[int] = (),
+        sizes: AsyncIterable[ConsoleSize] | None = None,
+    ) -> LocalStream:
+        """Start, attached to what the session was created to attach; return once the process runs.
+
+        StartFailed, Conflict, NotFound, Exhausted, Unavailable. `preserved` are descriptors of this program that the
+        process gets as 3, 4, …; they stay the caller's, to be closed once this returns. The terminal takes on each of
+        `sizes` as it comes.
+        """
+        stream = LocalStream(self.sessions, self.sessions.inspect(session_id).id)
+        await stream.serve(self.sessions.start_attached(session_id, size, stream.take_over, preserved=preserved), sizes)
+        session = self.sessions.inspect(session_id)
+        if session.exit is not None and session.exit.source is ExitSource.START_FAILURE:
+            await stream.close()
+            raise StartFailed(session.error, session.exit.code)
+        return stream
+
+    async def attach(
+        self, session_id: str, *, after: int | None = None, stdin: bool = True, wanted: frozenset[int] = BOTH
+    ) -> LocalStream:
+        """Attach to a running session, or to what is captured of one that is over; see `SessionManager.attach`."""
+        stream = LocalStream(self.sessions, self.sessions.inspect(session_id).id)
+        await stream.serve(
+            self.sessions.attach(session_id, stream.take_over_at, after=after, stdin=stdin, wanted=wanted)
+        )
+        return stream
+
+    def inspect(self, session_id: str) -> ExecSession:
+        """Return a session as it is now. NotFound."""
+        return self.sessions.inspect(session_id)
+
+    async def kill(self, session_id: str, signal: int = signals.SIGKILL) -> None:
+        """Send a signal to the process, SIGKILL to its whole tree, which is then over. Conflict."""
+        await self.sessions.kill(session_id, signal)
+
+    async def stop(self, session_id: str, grace: float | None = None) -> ExecSession:
+        """Send SIGTERM, after `grace` seconds SIGKILL to what is left, and return the end. Conflict."""
+        return await self.sessions.stop(session_id, grace)
+
+    async def wait(self, session_id: str) -> ExecSession:
+        """Return the session once it is over. NotFound when it is forgotten before it was ever started."""
+        return await self.sessions.wait(session_id)
+
+    async def remove(self, session_id: str, *, force: bool = False) -> None:
+        """Forget a session that does not run; with `force` kill it first. Conflict."""
+        await self.sessions.remove(session_id, force=force)
 
 
 @contextlib.asynccontextmanager
@@ -69,6 +154,8 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
         cleanup.callback(cgroups.close)
         events = EventBus()
         cleanup.callback(events.close)
+        captures = config.state_dir / "captures"
+        captures.mkdir(mode=0o700, exist_ok=True)
         catalog = catalog_of(config)
         manager = SessionManager(
             containers=catalog,
@@ -78,7 +165,7 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
             read_accounts=_read_accounts,
             all_capabilities=capabilities.names(proc.own_capability_bounds()),
             limits=limits_of(config),
-            captures=config.state_dir / "captures",
+            captures=captures,
         )
         cleanup.push_async_callback(manager.close)
         if recovered := await manager.recover():

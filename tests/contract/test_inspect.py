@@ -7,16 +7,37 @@ import pytest
 
 from contract.api import Api
 from contract.document import Document
-from execgate.app import _SWEEP_INTERVAL
 from execgate.config import Config
+from execgate.engine import _SWEEP_INTERVAL
 from support.raw_http import TIMEOUT
 from support.runtimes import TestContainer
 from support.service import Service
 
+NEVER = "0001-01-01T00:00:00Z"
+
+BEYOND_DOCKER = {
+    "ContainerPid": 0,
+    "StartedAt": NEVER,
+    "FinishedAt": NEVER,
+    "TimedOut": False,
+    "Timeout": 0,
+    "Labels": {},
+    "CaptureStdout": False,
+    "CaptureStderr": False,
+    "OnDisconnect": "",
+    "Error": "",
+    "StdinBytes": 0,
+    "StdoutBytes": 0,
+    "StderrBytes": 0,
+}
+"""What Docker's answer does not have, of a session that asked for none of it and has not run; with `CreatedAt`."""
+
 
 def test_a_session_that_was_created(api: Api, container: TestContainer) -> None:
     session_id = api.create(container.id, "sh", "-c", "exit 3", AttachStdout=True)
-    assert api.inspect(session_id) == {
+    inspection = api.inspect(session_id)
+    assert inspection.pop("CreatedAt") > NEVER
+    assert inspection == {
         "ID": session_id,
         "Running": False,
         "ExitCode": None,
@@ -29,6 +50,7 @@ def test_a_session_that_was_created(api: Api, container: TestContainer) -> None:
         "ContainerID": container.id,
         "DetachKeys": "EBE=",
         "Pid": 0,
+        **BEYOND_DOCKER,
     }
 
 
@@ -37,8 +59,9 @@ def test_a_session_that_runs(api: Api, container: TestContainer) -> None:
     with api.attach(session_id, behind=b"up") as stream:
         assert stream.connection.read_exactly(10)[8:] == b"up"
         inspection = api.inspect(session_id)
-        assert inspection["Pid"] > 0
-        assert inspection | {"Pid": 1} == {
+        assert min(inspection["Pid"], inspection["ContainerPid"]) > 0
+        assert NEVER < inspection.pop("CreatedAt") <= inspection["StartedAt"]
+        assert inspection | {"Pid": 1, "ContainerPid": 1, "StartedAt": NEVER} == {
             "ID": session_id,
             "Running": True,
             "ExitCode": None,
@@ -57,6 +80,10 @@ def test_a_session_that_runs(api: Api, container: TestContainer) -> None:
             "ContainerID": container.id,
             "DetachKeys": "EBE=",
             "Pid": 1,
+            **BEYOND_DOCKER,
+            "ContainerPid": 1,
+            "StdinBytes": 2,
+            "StdoutBytes": 2,
         }
         stream.half_close()
         stream.read_frames()

@@ -41,6 +41,7 @@ NO_500 = frozenset(OPERATIONS) - {
         ("POST", "/exec/{id}/start"),
         ("GET", "/containers/{name}/json"),
         ("POST", "/containers/{name}/exec"),
+        ("POST", "/containers/{name}/exec/run"),
     ]
 }
 """Operations in which only a bug of ours gives a 500."""
@@ -101,6 +102,40 @@ def _remove_running(scene: Scene) -> Response:
     return response
 
 
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """Ask for the output of a session that has ended and was captured."""
+
+    method: str
+    target: str
+    upgrade: bool = False
+
+    def __call__(self, scene: Scene) -> Response:
+        session_id = scene.api.create(scene.running.id, "echo", "kept", CaptureStdout=True)
+        scene.start(session_id)
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"} if self.upgrade else {}
+        target = self.target.format(session_id)
+        with RawConnection(scene.api.socket) as connection:
+            connection.send(encode_request(self.method, target, headers=headers))
+            head = connection.read_head()
+        return scene.api.checked(self.method, target, head)
+
+
+def _with_running(method: str, target: str, body: object = None) -> Provocation:
+    """Do this to a session that runs and has stdin."""
+
+    def provoke(scene: Scene) -> Response:
+        session_id = scene.api.create(
+            scene.running.id, "sleep", "1000", AttachStdin=True, AttachStdout=True, OnDisconnect="keep"
+        )
+        scene.api.start_detached(session_id)
+        response = scene.api.call(method, target.format(session_id), body)
+        scene.api.call("DELETE", f"/exec/{session_id}?force=1")
+        return response
+
+    return provoke
+
+
 def _inspect_corrupt(scene: Scene, prefix: str = "") -> Response:
     with scene.corrupt() as container:
         return scene.api.call("GET", f"{prefix}/containers/{container.id}/json")
@@ -111,11 +146,54 @@ def _create_in_corrupt(scene: Scene, prefix: str = "") -> Response:
         return scene.api.call("POST", f"{prefix}/containers/{container.id}/exec", {"Cmd": ["true"]})
 
 
+def _run_in_corrupt(scene: Scene, prefix: str = "") -> Response:
+    with scene.corrupt() as container:
+        return scene.api.call("POST", f"{prefix}/containers/{container.id}/exec/run", {"Cmd": ["true"]})
+
+
 def _start_a_loop(scene: Scene, prefix: str = "") -> Response:
     loop = scene.running.rootfs / "loop"
     if not loop.is_symlink():
         loop.symlink_to("loop")
     return scene.api.call("POST", f"{prefix}/exec/{scene.create('/loop')}/start", {"Detach": True})
+
+
+def _verbs(prefix: str) -> dict[tuple[str, int], Provocation]:
+    """The verbs beyond Docker's, which both trees have."""
+    run, unknown = {"Cmd": ["true"]}, prefix + "/exec/{none}"
+    provocations: dict[tuple[str, int], Provocation] = {
+        ("GET /exec/json", 200): _get(f"{prefix}/exec/json"),
+        ("GET /exec/json", 404): _get(prefix + "/exec/json?filters=%7B%22container%22:%5B%22none-such%22%5D%7D"),
+        ("GET /containers/{name}/exec/json", 200): _get(prefix + "/containers/{scene.running.id}/exec/json"),
+        ("GET /containers/{name}/exec/json", 404): _get(f"{prefix}/containers/none-such/exec/json"),
+        ("POST /containers/{name}/exec/run", 200): _post(prefix + "/containers/{scene.running.id}/exec/run", run),
+        ("POST /containers/{name}/exec/run", 404): _post(f"{prefix}/containers/none-such/exec/run", run),
+        ("POST /containers/{name}/exec/run", 409): _post(prefix + "/containers/{scene.stopped.id}/exec/run", run),
+        ("POST /containers/{name}/exec/run", 500): lambda scene: _run_in_corrupt(scene, prefix),
+        ("POST /exec/{id}/kill", 204): _with_running("POST", prefix + "/exec/{}/kill"),
+        ("POST /exec/{id}/kill", 404): _post(f"{unknown}/kill"),
+        ("POST /exec/{id}/kill", 409): _with_session("POST", prefix + "/exec/{}/kill", ended=True),
+        ("POST /exec/{id}/stop", 204): _with_running("POST", prefix + "/exec/{}/stop"),
+        ("POST /exec/{id}/stop", 404): _post(f"{unknown}/stop"),
+        ("POST /exec/{id}/stop", 409): _with_session("POST", prefix + "/exec/{}/stop"),
+        ("POST /exec/{id}/wait", 200): _with_session("POST", prefix + "/exec/{}/wait", ended=True),
+        ("POST /exec/{id}/wait", 404): _post(f"{unknown}/wait"),
+        ("DELETE /exec/{id}", 204): _with_session("DELETE", prefix + "/exec/{}"),
+        ("DELETE /exec/{id}", 404): lambda scene: scene.api.call("DELETE", f"{prefix}/exec/{NO_SUCH_ID}"),
+        ("DELETE /exec/{id}", 409): _with_running("DELETE", prefix + "/exec/{}"),
+        ("GET /exec/{id}/logs", 200): _Captured("GET", prefix + "/exec/{}/logs"),
+        ("GET /exec/{id}/logs", 404): _get(f"{unknown}/logs"),
+        ("GET /exec/{id}/logs", 409): _with_session("GET", prefix + "/exec/{}/logs", ended=True),
+        ("POST /exec/{id}/attach", 101): _Captured("POST", prefix + "/exec/{}/attach?after=0", upgrade=True),
+        ("POST /exec/{id}/attach", 200): _Captured("POST", prefix + "/exec/{}/attach?after=0"),
+        ("POST /exec/{id}/attach", 404): _post(f"{unknown}/attach"),
+        ("POST /exec/{id}/attach", 409): _with_session("POST", prefix + "/exec/{}/attach", ended=True),
+        ("POST /exec/{id}/stdin", 204): _with_running("POST", prefix + "/exec/{}/stdin?eof=1", b"input"),
+        ("POST /exec/{id}/stdin", 404): _post(f"{unknown}/stdin"),
+        ("POST /exec/{id}/stdin", 409): _with_session("POST", prefix + "/exec/{}/stdin", ended=True),
+    }
+    tree = "/libpod" if prefix else ""
+    return {(name.replace(" ", f" {tree}", 1), status): how for (name, status), how in provocations.items()}
 
 
 PROVOCATIONS: dict[tuple[str, int], Provocation] = {
@@ -176,6 +254,8 @@ PROVOCATIONS: dict[tuple[str, int], Provocation] = {
     ("POST /libpod/exec/{id}/remove", 200): _with_session("POST", LIBPOD + "/exec/{}/remove"),
     ("POST /libpod/exec/{id}/remove", 404): _post(LIBPOD + "/exec/{none}/remove"),
     ("POST /libpod/exec/{id}/remove", 409): _remove_running,
+    **_verbs(""),
+    **_verbs(LIBPOD),
 }
 
 
@@ -238,18 +318,20 @@ def test_the_cap_on_sessions_is_as_documented(
 ) -> None:
     api = Api(new_service(env={"EXECGATE_MAX_SESSIONS": "1"}).socket, document)
     api.create(runc_container.id, "true")
-    for prefix in ("", LIBPOD):
-        response = api.call("POST", f"{prefix}/containers/{runc_container.id}/exec", {"Cmd": ["true"]})
+    for path in ("/exec", "/exec/run", f"{LIBPOD}/exec", f"{LIBPOD}/exec/run"):
+        prefix, verb = path.split("/exec", 1)
+        response = api.call("POST", f"{prefix}/containers/{runc_container.id}/exec{verb}", {"Cmd": ["true"]})
         assert response.status == 429
         assert response.json["message"] == "1 exec sessions are known already; try again later"
+        assert response.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_documented_status_is_provoked(operation: str) -> None:
     provoked = {status for name, status in PROVOCATIONS if name == operation} | {400, 408} | REFUSALS.keys()
     excused = NOT_PROVOKED.keys() | ({500} if operation in NO_500 else set())
-    if operation.endswith("/containers/{name}/exec"):
-        provoked.add(429)
+    if operation.endswith(("/containers/{name}/exec", "/containers/{name}/exec/run", "/exec/{id}/start")):
+        provoked.add(429)  # above, and in test_limits.py
     assert OPERATIONS[operation].statuses - excused == provoked
 
 
@@ -257,6 +339,7 @@ REQUESTS = [
     (operation.path, name, example["value"])
     for operation in OPERATIONS.values()
     for media in operation.definition.get("requestBody", {}).get("content", {}).values()
+    if media
     for name, example in media.get("examples", {"": {"value": media.get("example")}}).items()
 ]
 
@@ -269,6 +352,10 @@ def test_an_example_of_a_request_is_accepted(
     prefix = LIBPOD if path.startswith("/libpod/") else ""
     if path.endswith("/exec"):
         assert api.call("POST", f"{prefix}/containers/{container.id}/exec", body).status == 201
+        return
+    if path.endswith("/run"):
+        response = api.call("POST", f"{prefix}/containers/{container.id}/exec/run", body)
+        assert (response.status, response.json["ExitCode"]) == (200, 0), response
         return
     session_id = api.create(container.id, "true", Tty=body.get("Tty", False), AttachStdout=True)
     if path.endswith("/remove") or body.get("Detach"):

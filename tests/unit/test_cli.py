@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from execgate import __version__, cli
+from execgate.cli.execute import environment
+from execgate.model.errors import InvalidArgument
 from execgate.model.session import ExitSource, ExitStatus, SessionState
 from execgate.sessions.store import SessionStore
 from support.records import new_session
@@ -56,7 +58,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"execgate {__version__}\n"
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["containers"], ["sessions"], ["check-config"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        *([name] for name in ("serve", "containers", "sessions", "check-config")),
+        *([name] for name in ("exec", "attach", "logs", "kill", "stop", "wait", "rm")),
+    ],
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
@@ -106,6 +115,24 @@ def test_sessions_as_json(state_dir: Path, capsys: pytest.CaptureFixture[str]) -
     assert found[0]["ExitCode"] is None
 
 
+def test_sessions_that_are_asked_for(short_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = SessionStore(short_dir / "sessions.db", boot_id="boot")
+    for container, labels in (("web", {"a": "1"}), ("web", {"a": "2", "b": ""}), ("db", {"a": "1"})):
+        store.add(new_session(container=container, labels=labels))
+    store.close()
+
+    def shown(*filters: str) -> list[tuple[str, str]]:
+        assert cli.main(["sessions", "--json", "--state-dir", str(short_dir), *filters]) == 0
+        return [(one["Container"], one["Labels"]["a"]) for one in json.loads(capsys.readouterr().out)]
+
+    assert shown("--container", "web") == [("web", "1"), ("web", "2")]
+    assert shown("--label", "a=1") == [("web", "1"), ("db", "1")]
+    assert shown("--label", "b") == [("web", "2")]
+    assert shown("--label", "b", "--label", "a=1") == []
+    assert len(shown("--state", "created")) == 3
+    assert shown("--state", "running") == []
+
+
 def test_sessions_of_nobody(short_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Looking makes nothing: not even the directory."""
     assert cli.main(["sessions", "--json", "--state-dir", str(short_dir / "none")]) == 0
@@ -122,6 +149,16 @@ def test_looking_changes_nothing(state_dir: Path, capsys: pytest.CaptureFixture[
         after.st_size,
         stat.S_IMODE(after.st_mode),
     )
+
+
+def test_the_environment_of_an_exec(tmp_path: Path) -> None:
+    """Files first; a bare name takes the value that it has here; what has none is left out."""
+    file = tmp_path / "env"
+    file.write_text("# a comment\n\n  A=1\nHERE\n#B=2\nC=with = and  blanks \n")
+    entries = environment(["D=4", "HERE", "NOWHERE", "E="], [str(file)], {"HERE": "h"})
+    assert entries == ["A=1", "HERE=h", "C=with = and  blanks ", "D=4", "HERE=h", "E="]
+    with pytest.raises(InvalidArgument, match="none: No such file"):
+        environment([], [str(tmp_path / "none")], {})
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])

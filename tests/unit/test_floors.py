@@ -13,7 +13,7 @@ PACKAGE = Path(execgate.__file__).parent
 
 # The top first. Modules of one floor may import each other; oci and wire are side by side.
 FLOORS = [
-    {"__main__", "cli", "app", "config", "logs", "systemd", ""},
+    {"__main__", "cli", "app", "engine", "client", "config", "logs", "systemd", ""},
     {"http"},
     {"sessions"},
     {"runtime"},
@@ -90,7 +90,7 @@ def test_pure_floors(module: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "only"),
     [
-        ("aiohttp", {"http"}),
+        ("aiohttp", {"http", "client"}),
         ("pydantic", {"http", "config", "sessions"}),
         ("sqlite3", {"sessions"}),
         ("uvloop", {"cli"}),

@@ -210,6 +210,11 @@ LIBPOD = Dialect(
             "container state improper",
         ),
         Rewording(
+            re.compile(r"cannot remove exec session (\S+): it is running.*"),
+            r"cannot remove exec session \1 as it is running: exec session state improper",
+            "exec session state improper",
+        ),
+        Rewording(
             re.compile(r"exec command (\S+) (is already running|has already run|is not running|is running)"),
             r"exec session \1 \2: exec session state improper",
             "exec session state improper",

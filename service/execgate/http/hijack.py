@@ -13,6 +13,7 @@ The rules, and who needs them:
 
 import asyncio
 import fcntl
+import select
 import socket
 import struct
 import termios
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 
 from execgate.http.dialects import ErrorLine
+from execgate.runtime.readiness import readable
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
 
@@ -64,6 +66,7 @@ class HijackedStream(asyncio.Protocol):
         self._room.set()
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._head_read: asyncio.Task[None] | None = None
+        self._hang_up: asyncio.Task[None] | None = None
         self._finished = False
         transport.set_write_buffer_limits(high=WRITE_LIMIT)
 
@@ -74,6 +77,8 @@ class HijackedStream(asyncio.Protocol):
         """Put the head of the answer on the wire."""
         self._transport.write(head)
         self._head_read = asyncio.ensure_future(self._wait_for_head())
+        if self._eof:
+            self._await_hang_up()
         if self._input_size < READ_LIMIT:
             self._transport.resume_reading()
 
@@ -148,8 +153,12 @@ class HijackedStream(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Take the client's end of input for what it is, and keep the connection open for the output."""
+        if _hung_up(self._transport.get_extra_info("socket")):  # it has not ended its input, it is gone
+            self._transport.abort()
         self._eof = True
         self._arrived.set()
+        if not self._finished:
+            self._await_hang_up()
         return not self._finished
 
     def pause_writing(self) -> None:
@@ -166,8 +175,9 @@ class HijackedStream(asyncio.Protocol):
             self._closed.set_result(None)
         self._arrived.set()
         self._room.set()
-        if self._head_read is not None:
-            self._head_read.cancel()
+        for task in (self._head_read, self._hang_up):
+            if task is not None:
+                task.cancel()
         self._tell_lost(exc)
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -198,9 +208,33 @@ class HijackedStream(asyncio.Protocol):
                 return
             await asyncio.sleep(_HEAD_READ_POLL)  # the kernel has no event for "your peer has read it"
 
+    def _await_hang_up(self) -> None:
+        """After the end of input nobody looks at the socket any more: let the kernel tell when the client is gone.
+
+        On a unix socket, that is; over TCP a half-close and a close look alike until something is sent.
+        """
+        connection: socket.socket = self._transport.get_extra_info("socket")
+        if connection.family == socket.AF_UNIX and self._hang_up is None:
+            self._hang_up = asyncio.ensure_future(self._abort_at_hang_up(connection))
+
+    async def _abort_at_hang_up(self, connection: socket.socket) -> None:
+        with select.epoll() as epoll:
+            epoll.register(connection.fileno(), 0)  # EPOLLHUP and EPOLLERR are told always, epoll_ctl(2)
+            await readable(epoll.fileno())
+        self._transport.abort()
+
     def _discard_input(self) -> None:
         self._input.clear()
         self._input_size = 0
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    """Return whether the peer of a unix socket has closed it, rather than its sending half; TCP cannot tell."""
+    if connection.family != socket.AF_UNIX:
+        return False
+    poll = select.poll()
+    poll.register(connection.fileno(), 0)  # POLLHUP is told always, poll(2)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
 def _unread(connection: socket.socket) -> int:

@@ -12,6 +12,7 @@ from aiohttp import web
 from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
+from execgate.http.listeners import BACKLOG
 from execgate.http.tree import Tree
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
 
@@ -60,11 +61,13 @@ class HttpServer:
         """Accept connections from now on."""
         await self._runner.setup()
         loop = asyncio.get_running_loop()
-        for listener in listeners:
+        for listener in listeners:  # the loop listens anew, and would cut the backlog to a hundred
             if listener.family == socket.AF_UNIX:
-                server = await loop.create_unix_server(self._new_connection, sock=listener, **_KEEP_SOCKET_FILE)
+                server = await loop.create_unix_server(
+                    self._new_connection, sock=listener, backlog=BACKLOG, **_KEEP_SOCKET_FILE
+                )
             else:
-                server = await loop.create_server(self._new_connection, sock=listener)
+                server = await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG)
             self._servers.append(server)
 
     async def stop_accepting(self) -> None:

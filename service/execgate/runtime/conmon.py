@@ -38,7 +38,8 @@ import resource
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ _TIMEOUT_MARGIN = 2
 
 _TIMED_OUT = "command timed out"
 """What conmon says when its own timeout ended the process (`TIMED_OUT_MESSAGE`)."""
+
+_NO_CODE = -1
+"""What conmon writes as the exit code when it has none: after its timeout, or when it cannot tell."""
 
 _KILLED_BY_MONITOR = ExitStatus(128 + signal.SIGKILL, ExitSource.TIMEOUT)
 
@@ -180,9 +184,17 @@ class ConmonRuntime:
         """Take back a process that an earlier service started."""
         return AdoptedExec(session_directory(self._directory, session.id), session, self._cgroups)
 
-    def sweep(self) -> None:
-        """Clear away the cgroups of sessions whose last background child has ended."""
+    def sweep(self, keep: Collection[SessionId]) -> None:
+        """Clear away what belongs to no session of `keep`: cgroups without a process, directories without a living one.
+
+        A service that was killed while it finished a session leaves such a directory behind.
+        """
         self._cgroups.sweep()
+        kept = {session_directory(self._directory, one) for one in keep}
+        for directory in self._directory.iterdir():
+            if directory not in kept and _pid_file_identity(directory) is None:
+                log.info("a directory that no session has any more is removed: %s", directory.name)
+                _remove_directory(directory)
 
     def _spawn(self, request: ExecRequest, directory: Path, ours: contextlib.ExitStack) -> "ConmonExec":
         """Make the pipes and spawn conmon. What is to be kept on success is pushed on `ours`."""
@@ -451,6 +463,7 @@ class AdoptedExec:
         self._session_id = session.id
         self._directory = directory
         self._cgroups = cgroups
+        self._deadline = _deadline(session)
         self._process = session.process or _pid_file_identity(directory)
         self._pidfd: Descriptor | None = None
         if self._process is not None:
@@ -470,6 +483,8 @@ class AdoptedExec:
         if self.monitor is not None and (monitor := pidfd.open_pidfd(self.monitor)):
             with contextlib.closing(monitor), contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pidfd.ended(monitor), _MONITOR_GRACE)  # it writes the exit file, then ends
+        if time.time() >= self._deadline and exit_file_code(self._directory) == _NO_CODE:
+            return _KILLED_BY_MONITOR
         return exit_file_status(self._directory) or await kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
 
     def resize(self, size: ConsoleSize) -> None:
@@ -611,13 +626,25 @@ def resize_terminal(directory: Path, size: ConsoleSize) -> None:
         raise Internal("the terminal cannot be resized", hint=f"conmon's ctl FIFO: {error}") from error
 
 
-def exit_file_status(directory: Path) -> ExitStatus | None:
-    """Read the exit file of a session's directory: conmon writes a bare decimal, and -1 when it does not know."""
+def exit_file_code(directory: Path) -> int | None:
+    """Read the exit file of a session's directory: conmon writes a bare decimal. None when there is none."""
     with contextlib.suppress(OSError, ValueError):
         for entry in (directory / "exit").iterdir():
-            code = int(entry.read_text(encoding="ascii")[:8])
-            return ExitStatus(code, ExitSource.EXIT_FILE) if code >= 0 else None
+            return int(entry.read_text(encoding="ascii")[:8])
     return None
+
+
+def exit_file_status(directory: Path) -> ExitStatus | None:
+    """Return what the exit file of a session's directory tells, if it does."""
+    code = exit_file_code(directory)
+    return None if code is None or code < 0 else ExitStatus(code, ExitSource.EXIT_FILE)
+
+
+def _deadline(session: ExecSession) -> float:
+    """Return the time (seconds since the epoch) from which on conmon may have ended a session by itself."""
+    if session.config.timeout is None or session.started_at is None:
+        return math.inf
+    return session.started_at + session.config.timeout
 
 
 def _reopen(directory: Path, monitor: ProcessIdentity | None) -> ExecStreams:

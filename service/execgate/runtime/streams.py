@@ -86,7 +86,7 @@ def buffered(fd: int) -> int:
 class PipeOutput:
     """The read end of a pipe that the process writes stdout or stderr to."""
 
-    __slots__ = ("_bulk", "_left", "_pipe", "_waiter", "stream")
+    __slots__ = ("_bulk", "_busy", "_left", "_pipe", "_waiter", "stream")
 
     def __init__(self, pipe: Descriptor, stream: int) -> None:
         os.set_blocking(pipe.fileno(), False)
@@ -95,9 +95,15 @@ class PipeOutput:
         self._waiter = ReadWaiter(pipe.fileno())
         self._left: int | None = None  # after a cut: what may still pass
         self._bulk = False
+        self._busy = False  # the last read was a large one
 
     async def read(self) -> tuple[int, bytes] | None:
         """See `Output.read`."""
+        if self._busy:
+            self._busy = False
+            await asyncio.sleep(
+                0
+            )  # a busy stream must not starve the others; before a read, so that a cancel loses none
         while (size := READ_SIZE if self._left is None else min(self._left, READ_SIZE)) > 0:
             try:
                 data = os.read(self._pipe.fileno(), size)
@@ -108,7 +114,7 @@ class PipeOutput:
                 self._left -= len(data)
             if len(data) >= _DEFAULT_PIPE_SIZE:
                 self._bulk = self._bulk or _grow(self._pipe)
-                await asyncio.sleep(0)  # a busy stream must not starve the others
+                self._busy = True
             return (self.stream, data) if data else None
         return None
 

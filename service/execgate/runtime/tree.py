@@ -13,8 +13,8 @@ move the process in the hierarchies that they know, and this is none of them.
 - A container with CAP_SYS_ADMIN on the host can mount hierarchies itself and leave. Nothing stops that one.
 
 Where the hierarchy cannot be had (no CAP_SYS_ADMIN, a kernel without cgroup v1, before 5.2), a tree is what can be
-found from the process: its descendants and whoever shares a session id with one of them. A child that both forked
-twice and called setsid(2) is missed then. `SessionCgroups.open` logs which of the two it is.
+found from the process while it lives: its descendants and whoever shares a session id with one of them. A child that
+both forked twice and called setsid(2) is missed then. `SessionCgroups.open` logs which of the two it is.
 """
 
 import asyncio
@@ -24,7 +24,9 @@ import errno
 import logging
 import os
 import signal
+from collections.abc import Sequence
 
+from execgate.containers import proc
 from execgate.containers.files import read_kernel
 from execgate.model.errors import ExecgateError
 from execgate.model.ids import SessionId
@@ -35,9 +37,13 @@ from execgate.runtime.readiness import Descriptor
 log = logging.getLogger(__name__)
 
 _HIERARCHY = b"execgate"
-_PASSES = 200
-"""How often a tree is looked through until nothing is left of it: one that forks as fast as it can takes several."""
+_KILL_TIME = 10.0
+"""Seconds in which a tree is killed again and again until nothing is left of it: one that forks takes several passes,
+and the kernel takes its time to end what has much memory."""
 _PAUSE = 0.005
+_ADD_ATTEMPTS = 5
+_BATCH = 128
+"""Processes that are held at once, by a descriptor each."""
 
 # The same numbers on every architecture that Python runs on but alpha: asm-generic/unistd.h; linux/mount.h.
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
@@ -70,19 +76,28 @@ class SessionCgroups:
         return self._mount is not None
 
     def close(self) -> None:
-        """Let go of the hierarchy; the memberships stay."""
-        if self._mount is not None:
-            self._mount.close()
+        """Let go of the hierarchy; the memberships stay. What is asked afterwards is answered as without one."""
+        mount, self._mount = self._mount, None
+        if mount is not None:
+            mount.close()
 
     def add(self, session_id: SessionId, pid: int) -> None:
         """Put a process, and so all that it will start, into the session's cgroup. OSError."""
         if self._mount is None:
             return
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(_name(session_id), 0o700, dir_fd=self._mount.fileno())
-        fd = os.open(f"{_name(session_id)}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._mount.fileno())
-        with contextlib.closing(Descriptor(fd)):
-            os.write(fd, str(pid).encode())
+        directory = self._mount.fileno()
+        for attempts_left in reversed(range(_ADD_ATTEMPTS)):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(_name(session_id), 0o700, dir_fd=directory)
+            try:
+                fd = os.open(f"{_name(session_id)}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=directory)
+                with contextlib.closing(Descriptor(fd)):
+                    os.write(fd, str(pid).encode())
+                return
+            except OSError as error:
+                # The hierarchy is the host's: another service that sweeps takes a new cgroup for a forgotten one.
+                if error.errno not in (errno.ENOENT, errno.ENODEV) or not attempts_left:
+                    raise
 
     def pids(self, session_id: SessionId) -> set[int] | None:
         """Return the members of a session's cgroup; None when nobody can tell."""
@@ -91,10 +106,12 @@ class SessionCgroups:
         path = f"{_name(session_id)}/cgroup.procs"
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._mount.fileno())
-        except FileNotFoundError:
-            return set()
-        with open(fd, "rb") as file:  # noqa: PTH123  (a descriptor, not a path)
-            return {int(line) for line in file.read().split()} - {0}
+            with open(fd, "rb") as file:  # noqa: PTH123  (a descriptor, not a path)
+                return {int(line) for line in file.read().split()} - {0}
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENODEV):  # it is removed, before or after the open
+                return set()
+            return None  # no descriptor, no memory: look for them in another way
 
     def remove(self, session_id: SessionId) -> bool:
         """Remove the session's cgroup if nobody is in it any more; return whether it is gone."""
@@ -110,12 +127,17 @@ class SessionCgroups:
         """Remove every cgroup that is empty: those of sessions whose background children have ended."""
         if self._mount is None:
             return
-        root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._mount.fileno())
-        with contextlib.closing(Descriptor(root)), os.scandir(root) as entries:
-            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        for name in names:
+        for name in self._names():
             with contextlib.suppress(OSError):
                 os.rmdir(name, dir_fd=self._mount.fileno())
+
+    def _names(self) -> list[str]:
+        """Return the names of all cgroups that there are."""
+        if self._mount is None:
+            return []
+        root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._mount.fileno())
+        with contextlib.closing(Descriptor(root)), os.scandir(root) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 class ProcessTree:
@@ -130,8 +152,15 @@ class ProcessTree:
         self._process = process
         self._known = {process.pid: process.start_time}  # who was found, where no cgroup tells
 
+    @property
+    def alive(self) -> bool:
+        """Whether the session's own process still runs."""
+        return proc.is_alive(self._process)
+
     def signal(self, number: int) -> bool:
         """Send a signal to the session's own process and to no other; return whether it still was there."""
+        if not self._cgroups.usable:  # who belongs to it is found from the process, while that lives
+            self._known = _relatives(self._known)
         fd = pidfd.open_pidfd(self._process)
         if fd is None:
             return False
@@ -148,22 +177,30 @@ class ProcessTree:
 
     async def kill(self, monitor: ProcessIdentity | None) -> bool:
         """Send SIGKILL until nothing is left; return whether that came about."""
-        for _ in range(_PASSES):
-            members = self.pids(monitor)  # before anybody dies: children of the dead are nobody's
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _KILL_TIME
+        while True:
+            members = sorted(self.pids(monitor))  # before anybody dies: children of the dead are nobody's
             self.signal(signal.SIGKILL)
             if not members:
                 return True
-            for pid in members:
-                self._kill_member(pid, monitor)
+            if loop.time() > deadline:
+                log.error("exec %s: %d processes cannot be killed", self._session_id[:12], len(members))
+                return False
+            for begin in range(0, len(members), _BATCH):
+                self._kill_members(members[begin : begin + _BATCH], monitor)
             await asyncio.sleep(_PAUSE)  # the kernel has no event for "this cgroup is empty" in a v1 hierarchy
-        log.error("exec %s: %d processes cannot be killed", self._session_id[:12], len(self.pids(monitor)))
-        return False
 
-    def _kill_member(self, pid: int, monitor: ProcessIdentity | None) -> None:
-        """Kill `pid` if it is still a member: looked up again behind a pidfd, whose number cannot be reused."""
-        with contextlib.suppress(OSError), contextlib.closing(Descriptor(os.pidfd_open(pid))) as fd:
-            if pid in self.pids(monitor):
-                _send(fd, signal.SIGKILL)
+    def _kill_members(self, pids: Sequence[int], monitor: ProcessIdentity | None) -> None:
+        """Kill those of `pids` that still are members once a pidfd holds them: no reuse of a number can move that."""
+        with contextlib.ExitStack() as held:
+            found: dict[int, Descriptor] = {}
+            for pid in pids:
+                with contextlib.suppress(OSError):  # gone; or too many descriptors: the next pass has it
+                    found[pid] = Descriptor(os.pidfd_open(pid))
+                    held.callback(found[pid].close)
+            for pid in found.keys() & self.pids(monitor):
+                _send(found[pid], signal.SIGKILL)
 
 
 def _send(fd: Descriptor, number: int) -> bool:

@@ -14,7 +14,9 @@ dropped it has lost, and it can tell: the piece that it gets begins beyond the o
 import asyncio
 import bisect
 import contextlib
+import errno
 import logging
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
@@ -82,10 +84,10 @@ class Backlog(ABC):
         If the first piece begins later than `offset`, what is between was dropped.
         """
         while True:
-            changed = self._changed
+            changed, finished = self._changed, self.finished  # as they were *before* the look
             if chunks := await self.read_now(offset):
                 return chunks
-            if self.finished:
+            if finished:
                 return ()
             await changed.wait()
 
@@ -157,12 +159,13 @@ class CaptureBacklog(Backlog):
     """Keeps the newest `limit` bytes (to within a segment, an eighth of it) in files of `directory`.
 
     Output that cannot be written, because the disk is full, is lost to readers and to nobody else: the process and
-    its client go on. `failed` says so.
+    its client go on. `failed` says so. Once there is room again a new segment begins, and its name tells of the gap.
     """
 
     def __init__(self, directory: Path, limit: int) -> None:
         super().__init__()
         self.failed = False
+        self._broken = False  # the last write failed: what comes does not follow what is there
         self._directory = directory
         self._limit = limit
         self._segments: deque[_Segment] = deque()
@@ -185,13 +188,13 @@ class CaptureBacklog(Backlog):
         async with self._lock:
             offset = self.end
             self.end += len(data)
-            if self.failed:
-                return
             try:
                 await self._write(offset, stdcopy.frame_header(stream, len(data)) + data)
+                self._broken = False
             except OSError as error:
-                self.failed = True
-                log.error("output is no longer captured: %s: %s", self._directory, error)
+                if not self._broken:
+                    log.error("output from %d on is not captured: %s: %s", offset, self._directory, error)
+                self.failed = self._broken = True
         self._tell()
 
     async def read_now(self, offset: int) -> Sequence[Chunk]:
@@ -215,12 +218,12 @@ class CaptureBacklog(Backlog):
 
     async def _write(self, offset: int, frame: bytes) -> None:
         segment = self._segments[-1] if self._segments else None
-        if segment is None or segment.size + len(frame) > max(self._limit // _SEGMENTS, len(frame)):
+        if segment is None or self._broken or segment.size + len(frame) > max(self._limit // _SEGMENTS, len(frame)):
             segment = _Segment(self._directory / f"{offset:020d}", offset)
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await _append(segment, frame)
+        if not segment.size:
             self._segments.append(segment)
-        async with aiofiles.open(segment.path, "ab", buffering=0) as file:
-            await file.write(frame)
         if not segment.size or segment.size - self._index[-1][2] >= _INDEX_EVERY:
             self._index.append((offset, segment.path, segment.size))
         segment.size += len(frame)
@@ -256,6 +259,19 @@ class CaptureBacklog(Backlog):
                 path.unlink()
         if self._segments:
             self.start = self._segments[0].start
+
+
+async def _append(segment: _Segment, frame: bytes) -> None:
+    """Write `frame` at the end of a segment, whole or not at all. OSError."""
+    async with aiofiles.open(segment.path, "ab", buffering=0) as file:
+        try:
+            if await file.write(frame) < len(frame):  # the last bytes that there was room for
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            await file.truncate(segment.size)
+            if not segment.size:
+                segment.path.unlink()
+            raise
 
 
 def _frames(data: bytes, offset: int) -> list[Chunk]:

@@ -1,7 +1,8 @@
 """The ledger: every step of every session, kept and told in one place, in the right order.
 
 What always holds: a step is in the store before its event is published and before anybody who waits for it goes on.
-Only the end of a session has to succeed whatever the store says: it is kept here until the store takes it.
+What has happened has to be kept whatever the store says, because nothing undoes it: that a process runs, and its end.
+If the store cannot take it now, it is kept here until the store does.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ class Ledger:
     def __init__(self, store: SessionStore, events: EventBus) -> None:
         self._store = store
         self._events = events
-        self._unsaved: dict[SessionId, tuple[ExecSession, ExecSession]] = {}
+        self._unsaved: dict[SessionId, tuple[ExecSession, ExecSession]] = {}  # what the store has, and what is true
         self._waiters: dict[SessionId, asyncio.Future[ExecSession]] = {}
 
     # -- what there is ----------------------------------------------------------------------------------------------
@@ -63,8 +64,11 @@ class Ledger:
         return self._store.move(session, replace(session, state=SessionState.STARTING, started_at=time.time()))
 
     def running(self, session: ExecSession, process: ProcessIdentity, monitor: ProcessIdentity | None) -> ExecSession:
-        """Keep who it is."""
-        return self._store.move(session, replace(session, state=SessionState.RUNNING, process=process, monitor=monitor))
+        """Keep who it is. Its time begins now."""
+        return self._keep(
+            session,
+            replace(session, state=SessionState.RUNNING, process=process, monitor=monitor, started_at=time.time()),
+        )
 
     def stopped(
         self,
@@ -75,7 +79,7 @@ class Ledger:
         timed_out: bool = False,
         transferred: ByteCounts | None = None,
     ) -> ExecSession:
-        """Keep the end, then tell it. A store that cannot take it now gets it later; until then it is kept here."""
+        """Keep the end, then tell it."""
         after = replace(
             session,
             state=SessionState.STOPPED,
@@ -85,11 +89,7 @@ class Ledger:
             timed_out=timed_out,
             transferred=transferred or ByteCounts(),
         )
-        try:
-            after = self._store.move(session, after)
-        except Unavailable as failure:
-            log.error("the end of exec %s is not stored yet: %s (%s)", session.id[:12], failure, failure.hint)
-            self._unsaved[session.id] = (session, after)
+        after = self._keep(session, after)
         self.tell("exec_die", session, exitCode=str(status.code))
         if (waiter := self._waiters.pop(session.id, None)) is not None and not waiter.done():
             waiter.set_result(after)
@@ -105,6 +105,18 @@ class Ledger:
             if (waiter := self._waiters.pop(session_id, None)) is not None:
                 waiter.cancel()
         return gone
+
+    def _keep(self, before: ExecSession, after: ExecSession) -> ExecSession:
+        """Store what has happened, or keep it here until the store can take it."""
+        stored, _ = self._unsaved.get(before.id, (before, before))
+        try:
+            after = self._store.move(stored, after)
+        except Unavailable as failure:
+            log.error("exec %s %s, not stored yet: %s (%s)", after.id[:12], after.state, failure, failure.hint)
+            self._unsaved[after.id] = (stored, after)
+        else:
+            self._unsaved.pop(after.id, None)
+        return after
 
     # -- telling ----------------------------------------------------------------------------------------------------
 

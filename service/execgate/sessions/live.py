@@ -126,14 +126,14 @@ class LiveSession:
         """Go on with a process that an earlier service started."""
         self.execution, self.started = execution, True
         self._settle()
-        self._arm_timeout()
         self.task = asyncio.create_task(self._attend(None), name=f"adopted exec {self.session.id[:12]}")
 
     async def undo(self) -> None:
         """The client left, or could not be taken over, before anything ran."""
-        if self.execution is not None:
-            await self.execution.abort()
-        self.fail(StartFailed("the client left before the start", 128))
+        try:
+            await self._execution().abort()
+        finally:
+            self.fail(StartFailed("the client left before the start", 128))
 
     def fail(self, error: StartFailed) -> None:
         """End the session as one that never ran."""
@@ -156,11 +156,16 @@ class LiveSession:
         return self._pump.transferred if self._pump is not None else ByteCounts()
 
     def resize(self, size: ConsoleSize) -> None:
-        """Set the terminal's size; during the start it is kept for its end."""
-        if self.started and self.execution is not None:
-            self.execution.resize(size)
-        else:
+        """Set the terminal's size; during the start it is kept for its end. Conflict when it is over."""
+        if not self.started:
             self._size = size
+            return
+        try:
+            self._execution().resize(size)
+        except Internal:
+            if (tree := self._execution().tree) is not None and tree.alive:
+                raise
+            raise self._not_running() from None
 
     async def signal(self, number: int) -> None:
         """Send a signal to the process; SIGKILL to its whole tree. Conflict when it does not run."""
@@ -168,7 +173,7 @@ class LiveSession:
         if number == signal.SIGKILL:
             await tree.kill(self._monitor())
         elif not tree.signal(number):
-            raise Conflict(f"exec command {self.session.id} is not running")
+            raise self._not_running()
 
     async def stop(self, grace: float) -> None:
         """Ask the process to end, and after `grace` seconds, or its end, kill what is left of its tree."""
@@ -184,12 +189,14 @@ class LiveSession:
         keys = self.session.config.detach_keys if self.session.config.tty else b""
         forwarding = asyncio.ensure_future(replay(self.backlog, offset, client, wanted))
         feeding = asyncio.ensure_future(feed(client, self.stdin if stdin else Stdin(None), keys))
+        closed = asyncio.ensure_future(client.wait_closed())
         try:
-            await asyncio.wait([forwarding, feeding], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([forwarding, feeding, closed], return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
                 departure = feeding.result()
-            if departure is None:
-                await forwarding
+            if departure is None:  # its input may be over, which says nothing of the output
+                await asyncio.wait([forwarding, closed], return_when=asyncio.FIRST_COMPLETED)
+                departure = forwarding.result() if forwarding.done() else Departure.GONE
         except ClientGone:
             departure = Departure.GONE
         except Lagging:
@@ -198,9 +205,7 @@ class LiveSession:
             client.abandon()
             raise
         finally:
-            for task in (forwarding, feeding):
-                task.cancel()
-            await asyncio.gather(forwarding, feeding, return_exceptions=True)
+            await _end_all(forwarding, feeding, closed)
             self._left(departure)
         await client.finish(message)
 
@@ -238,7 +243,6 @@ class LiveSession:
         self.session = self._ledger.running(self.session, process, execution.monitor)
         self.started = True
         self._settle()
-        self._arm_timeout()
         if self._size is not None:
             with contextlib.suppress(ExecgateError):  # the process may be over already
                 execution.resize(self._size)
@@ -255,9 +259,13 @@ class LiveSession:
             message = self._unforeseen(error).message
             self._over(self)
         self.backlog.finish()
-        if client is not None:
-            await client.finish(message)
-        await self._execution().dispose()
+        try:
+            if client is not None:
+                await client.finish(message)
+            await self._execution().dispose()
+        except Exception as error:  # the session's end is on record, and nobody waits for this task
+            self._unforeseen(error)
+            self._execution().leave()
 
     async def _deliver(self, client: AttachedClient | None) -> ExitStatus:
         """Deliver all output, and return the exit code."""
@@ -277,16 +285,23 @@ class LiveSession:
         elif config.on_disconnect is not OnDisconnect.KEEP:
             self.stdin.close()
         self._exited = asyncio.ensure_future(execution.wait())
+        self._exited.add_done_callback(self._sweep_up)
+        self._arm_timeout()
+        watching = asyncio.ensure_future(self._watch(client, self._pump)) if client is not None else None
         try:
             await self._pump.run(self._exited, self._drain)
             if self._kills:  # what is over is over as a whole
                 await asyncio.wait(self._kills)
             return self._exited.result()
         finally:
-            self._exited.cancel()
             if self._timer is not None:
                 self._timer.cancel()
-            await asyncio.gather(self._exited, return_exceptions=True)
+            await _end_all(self._exited, *([watching] if watching is not None else []))
+
+    async def _watch(self, client: AttachedClient, pump: Pump) -> None:
+        """Notice that the first client is gone although nothing is sent to it, and its input was over before."""
+        await client.wait_closed()
+        pump.lose()
 
     def _attached_outputs(self) -> frozenset[int]:
         config = self.session.config
@@ -314,8 +329,8 @@ class LiveSession:
         if policy is OnDisconnect.KEEP:
             return
         self.stdin.close()
-        tree = self._execution().tree
-        if tree is None:
+        tree = self.execution.tree if self.execution is not None else None
+        if tree is None:  # it is over, and only its captured output was read
             return
         if policy is OnDisconnect.HUP:
             tree.signal(signal.SIGHUP)
@@ -325,14 +340,23 @@ class LiveSession:
     def _arm_timeout(self) -> None:
         timeout, started_at = self.session.config.timeout, self.session.started_at
         if timeout is not None and started_at is not None:
-            left = max(0.0, started_at + timeout - time.time())
+            left = max(0.0, started_at + timeout - time.time())  # less than all, if an earlier service started it
             self._timer = asyncio.get_running_loop().call_later(min(left, timeout), self._expire)
 
     def _expire(self) -> None:
-        if self._exited is not None and self._exited.done():
-            return  # a background child holds the output; the process was in time
+        tree = self._execution().tree
+        if tree is None or not tree.alive:
+            return  # the process was in time; its end is not noticed yet, or a background child holds the output
         self._timed_out = True
         self._do(self.stop(self._grace), self._kills)
+
+    def _sweep_up(self, exited: "asyncio.Future[ExitStatus]") -> None:
+        """Kill what the monitor, whose own timeout ends the process alone, has left of the tree."""
+        if exited.cancelled() or exited.exception() is not None:
+            return
+        tree = self._execution().tree
+        if exited.result().source is ExitSource.TIMEOUT and tree is not None:
+            self._do(tree.kill(self._monitor()), self._kills)
 
     def _end(self, status: ExitStatus, error: str = "") -> None:
         timed_out = self._timed_out or status.source is ExitSource.TIMEOUT
@@ -363,8 +387,11 @@ class LiveSession:
     def _tree(self) -> ProcessTree:
         tree = self.execution.tree if self.execution is not None and self.started else None
         if tree is None:
-            raise Conflict(f"exec command {self.session.id} is not running")
+            raise self._not_running()
         return tree
+
+    def _not_running(self) -> Conflict:
+        return Conflict(f"exec command {self.session.id} is not running")
 
     def _do(self, chore: Coroutine[Any, Any, Any], *kinds: set[asyncio.Task[Any]]) -> None:
         """Do something beside the session's own task."""
@@ -377,6 +404,13 @@ class LiveSession:
         """Log what nobody planned for, and return what the client may know of it."""
         log.error("exec %s in %s failed", self.session.id[:12], self.session.container.name, exc_info=error)
         return Internal("internal error; the service's log has the details")
+
+
+async def _end_all(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel what is not done, and have nothing of it left."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _tell(begun: "asyncio.Future[ExecSession] | None", outcome: ExecSession | ExecgateError) -> None:

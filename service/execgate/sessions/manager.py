@@ -48,6 +48,9 @@ _KILL_TIMEOUT = 10.0
 _START_GRACE = 1.0
 """Seconds that starts under way get when the service stops."""
 
+_END_GRACE = 2.0
+"""Seconds that sessions which are over get to clear up when the service stops."""
+
 
 class Runtime(Protocol):
     """What runs processes in containers."""
@@ -58,8 +61,8 @@ class Runtime(Protocol):
     def adopt(self, session: ExecSession) -> Execution:
         """Take back a process that an earlier service started."""
 
-    def sweep(self) -> None:
-        """Clear away what only now is not needed any more."""
+    def sweep(self, keep: Collection[SessionId]) -> None:
+        """Clear away what only now is not needed any more, and what belongs to no session of `keep`."""
 
 
 class Containers(Protocol):
@@ -133,6 +136,7 @@ class SessionManager:
         self._captures = captures
         self._gate = StartGate(limits.parallel_starts, limits.queued_starts)
         self._live: dict[SessionId, LiveSession] = {}
+        self._ending: set[LiveSession] = set()  # over, and on record as such, but not cleared up yet
         self._backlogs: dict[SessionId, CaptureBacklog] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
 
@@ -292,6 +296,7 @@ class SessionManager:
         With `captured` False the output of a running session that is not captured counts too: it can be read from
         now on.
         """
+        await self._settled(self.inspect(session_id).id)
         session = self.inspect(session_id)
         live = self._live.get(session.id)
         if live is not None and live.started and (session.config.captured or not captured):
@@ -306,12 +311,9 @@ class SessionManager:
 
     async def write_stdin(self, session_id: str, data: bytes, *, eof: bool = False) -> None:
         """Write to the process's stdin, and end it. Conflict when it has none that is open."""
-        session = self.inspect(session_id)
-        live = self._live.get(session.id)
-        if live is None or not live.started:
-            raise _not_running(session)
+        live = await self._running(session_id)
         if not live.stdin.open:
-            raise Conflict(f"the stdin of exec {session.id} is not open")
+            raise Conflict(f"the stdin of exec {live.session.id} is not open")
         await live.stdin.write(data)
         if eof:
             live.stdin.close()
@@ -321,7 +323,7 @@ class SessionManager:
 
         SIGKILL returns when the end is on record, so that whoever asks next sees it.
         """
-        live = self._running(session_id)
+        live = await self._running(session_id)
         await live.signal(signal)
         if signal == signals.SIGKILL:
             with contextlib.suppress(TimeoutError):
@@ -329,7 +331,7 @@ class SessionManager:
 
     async def stop(self, session_id: str, grace: float | None = None) -> ExecSession:
         """Send SIGTERM, after `grace` seconds SIGKILL to what is left, and return the end. Conflict."""
-        live = self._running(session_id)
+        live = await self._running(session_id)
         await live.stop(self._limits.stop_timeout if grace is None else grace)
         return await self.wait(session_id)
 
@@ -373,6 +375,8 @@ class SessionManager:
             backlog = await self._captured(session) if session.config.captured else MemoryBacklog()
             backlog.finished = False
             self._new_live(session, backlog).adopt(self._runtime.adopt(session))
+        self._clear_away()
+        self._remove_strays()
         return len(adopted)
 
     async def close(self) -> None:
@@ -381,6 +385,10 @@ class SessionManager:
         if starts:  # a conmon that cannot report the pid of its process gives up
             await asyncio.wait(starts, timeout=_START_GRACE)
         await asyncio.gather(*[live.close() for live in list(self._live.values())])
+        ending = {live.task for live in self._ending if live.task is not None}
+        if ending:
+            await asyncio.wait(ending, timeout=_END_GRACE)
+            await asyncio.gather(*[live.close() for live in list(self._ending)])
 
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""
@@ -392,7 +400,7 @@ class SessionManager:
                 return session.finished_at < now - retention
             return session.created_at < now - lifetime
 
-        self._runtime.sweep()
+        self._clear_away()
         return self._forget(old)
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -512,6 +520,9 @@ class SessionManager:
         def over(live: LiveSession) -> None:
             if self._live.get(session.id) is live:
                 del self._live[session.id]
+            if live.task is not None and not live.task.done():
+                self._ending.add(live)
+                live.task.add_done_callback(lambda _: self._ending.discard(live))
             self._early_sizes.pop(session.id, None)
 
         live = self._live[session.id] = LiveSession(
@@ -534,11 +545,23 @@ class SessionManager:
             self._backlogs.setdefault(session.id, loaded)
         return self._backlogs[session.id]
 
+    def _clear_away(self) -> None:
+        self._runtime.sweep({*self._live, *(live.session.id for live in self._ending)})
+
+    def _remove_strays(self) -> None:
+        """Remove captured output that no session has any more."""
+        known = {self._capture_path(session.id) for session in self._ledger.all()}
+        for directory in self._captures.glob("*"):
+            if directory not in known:
+                shutil.rmtree(directory, ignore_errors=True)
+
     def _capture_path(self, session_id: SessionId) -> Path:
         return self._captures / session_id[:32]
 
-    def _running(self, session_id: str) -> LiveSession:
+    async def _running(self, session_id: str) -> LiveSession:
+        """Return a session that runs, once a start that is under way has its outcome. Conflict."""
         session = self.inspect(session_id)
+        await self._settled(session.id)  # a client has the head of its start's answer before the process is there
         live = self._live.get(session.id)
         if live is None or not live.started:
             raise _not_running(session)

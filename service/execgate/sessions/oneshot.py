@@ -1,10 +1,14 @@
 """One exec, one answer: create, start, feed, collect, wait, in one call."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass, replace
 
-from execgate.model.config import ExecConfig
+from execgate.model.config import ConsoleSize, ExecConfig
+from execgate.model.errors import NotFound
 from execgate.model.session import ExecSession
+from execgate.sessions.local import follow_sizes
 from execgate.sessions.manager import SessionManager
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
@@ -33,12 +37,21 @@ class RunResult:
 
 
 async def run(
-    manager: SessionManager, container_ref: str, config: ExecConfig, *, stdin: bytes = b"", limit: int = 1024 * 1024
+    manager: SessionManager,
+    container_ref: str,
+    config: ExecConfig,
+    *,
+    stdin: bytes = b"",
+    limit: int = 1024 * 1024,
+    preserved: Sequence[int] = (),
+    sizes: AsyncIterable[ConsoleSize] | None = None,
 ) -> RunResult:
     """Run a command to its end and return what it wrote, `limit` bytes of stdout and stderr together.
 
-    stdin is attached exactly when there is some. A command that cannot be started is a result too: 126, 127 or 128,
-    and `session.error`. Whoever cancels this kills the process, its tree included: nobody will ever see its output.
+    stdin is attached exactly when there is some. `preserved` are descriptors of this program that the process gets as
+    3, 4, …; its terminal takes on each of `sizes` as it comes. A command that cannot be started is a result too: 126,
+    127 or 128, and `session.error`. Whoever cancels this kills the process, its tree included: nobody will ever see
+    its output.
     """
     config = replace(config, attach_stdin=bool(stdin), attach_stdout=True, attach_stderr=True)
     session = await manager.create(container_ref, config)
@@ -47,11 +60,17 @@ async def run(
     async def take_over() -> Collector:
         return collector
 
+    resizing = None if sizes is None else asyncio.ensure_future(follow_sizes(manager, session.id, sizes))
     try:
-        await manager.start_attached(session.id, None, take_over)
-    except asyncio.CancelledError:
-        await asyncio.shield(manager.remove(session.id, force=True))
+        await manager.start_attached(session.id, None, take_over, preserved=preserved)
+    except BaseException:  # cancelled, or refused: nobody knows its id
+        with contextlib.suppress(NotFound):
+            await asyncio.shield(manager.remove(session.id, force=True))
         raise
+    finally:
+        if resizing is not None:
+            resizing.cancel()
+            await asyncio.gather(resizing, return_exceptions=True)
     session = await manager.wait(session.id)
     return RunResult(
         session=session,

@@ -56,29 +56,37 @@ class Stdin:
     def __init__(self, target: Input | None) -> None:
         self._target = target
         self._turn = asyncio.Lock()
+        self._ended = target is None
         self.written = 0
 
     @property
     def open(self) -> bool:
         """Whether anything can still be written."""
-        return self._target is not None
+        return not self._ended
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`, waiting for room and for one's turn."""
         if not data:
             return
         async with self._turn:
-            if self._target is None:
+            if self._ended or self._target is None:
                 return
             try:
                 await self._target.write(data)
-            except InputClosed:
-                self._target = None
-            else:
                 self.written += len(data)
+            except InputClosed:
+                self._target, self._ended = None, True
+            finally:
+                if self._ended:
+                    self._end()
 
     def close(self) -> None:
-        """End it, for everybody."""
+        """End it, for everybody, behind what is being written now."""
+        self._ended = True
+        if not self._turn.locked():
+            self._end()
+
+    def _end(self) -> None:
         target, self._target = self._target, None
         if target is not None:
             target.close()
@@ -137,12 +145,16 @@ class Pump:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
 
+    def lose(self) -> None:
+        """Take note that the first client is gone, which neither its input nor any output has told."""
+        self._leave(Departure.GONE)
+
     async def _forward(self, output: Output) -> None:
         while (chunk := await output.read()) is not None:
             stream, data = chunk
             self._count[stream] += len(data)
             if stream in self._captured:
-                await self._backlog.append(stream, data)
+                await self._keep(stream, data)
             if self._client is not None and stream in self._wanted:
                 try:
                     await self._client.send(stream, data)
@@ -150,6 +162,15 @@ class Pump:
                     self._leave(Departure.GONE)
                     if self._feeding is not None:
                         self._feeding.cancel()
+
+    async def _keep(self, stream: int, data: bytes) -> None:
+        """Capture what was read. A service that stops does so after this: the pipe no longer has it."""
+        keeping = asyncio.ensure_future(self._backlog.append(stream, data))
+        try:
+            await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait([keeping])
+            raise
 
     async def _feed(self, client: Client, detach_keys: bytes) -> None:
         if (departure := await feed(client, self._stdin, detach_keys)) is not None:

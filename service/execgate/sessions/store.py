@@ -9,6 +9,9 @@ for those who look from outside. Should another process have changed it all the 
 and the record is read anew.
 
 A reboot forgets every session: the file remembers the boot it was written in and starts anew in another one.
+
+A service that is updated finds the records of the older one: what a record lacks has its default, and one that cannot
+be understood is dropped, with a line in the log. The file of a *newer* service is not understood at all.
 """
 
 import logging
@@ -21,13 +24,15 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from execgate.model.errors import Conflict, Internal, Unavailable
-from execgate.model.ids import ContainerId, SessionId
+from execgate.model.ids import ContainerId, SessionId, parse_session_id
 from execgate.model.session import TRANSITIONS, ExecSession, SessionState
 
 log = logging.getLogger(__name__)
 
 _SCHEMA_VERSION = 2
-_SCHEMA = """
+_COLUMNS = "id, state, created_at, record"
+"""What every version of the table has had; version 1 had more, and indexes."""
+_SCHEMA = f"""
 CREATE TABLE boot (id TEXT NOT NULL);
 CREATE TABLE session (
     id         TEXT PRIMARY KEY,
@@ -35,6 +40,7 @@ CREATE TABLE session (
     created_at REAL NOT NULL,
     record     TEXT NOT NULL
 ) WITHOUT ROWID;
+PRAGMA user_version = {_SCHEMA_VERSION};
 """
 _BUSY_TIMEOUT = 2.0
 _RECORD = TypeAdapter(ExecSession)
@@ -60,7 +66,7 @@ class SessionStore:
             rows = self._db.execute("SELECT id, record FROM session ORDER BY created_at").fetchall()
         for session_id, record in rows:
             try:
-                self._remember(_load(path, record))
+                self._remember(_load_as(path, session_id, record))
             except Internal as error:  # one that nobody can read is nobody's: it must not keep the service down
                 log.error("a session's record is dropped: %s (%s)", session_id[:12], error.hint)
                 self._delete([SessionId(session_id)])
@@ -175,19 +181,27 @@ class SessionStore:
         with _translated(self._path):
             row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
         if row is not None:
-            self._remember(_load(self._path, row[0]))
+            self._remember(_load_as(self._path, session_id, row[0]))
 
     def _prepare(self, boot_id: str) -> None:
         # WAL lets `execgate sessions` read beside the service; nothing here has to survive a power cut.
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = OFF")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == _SCHEMA_VERSION and self._db.execute("SELECT id FROM boot").fetchone() == (boot_id,):
-            return
-        for table in ("boot", "session"):
-            self._db.execute(f"DROP TABLE IF EXISTS {table}")
-        self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
-        self._db.execute("INSERT INTO boot VALUES (?)", (boot_id,))
+        rows: list[tuple[object, ...]] = []
+        if 0 < version <= _SCHEMA_VERSION and self._db.execute("SELECT id FROM boot").fetchone() == (boot_id,):
+            if version == _SCHEMA_VERSION:
+                return
+            rows = self._db.execute(f"SELECT {_COLUMNS} FROM session").fetchall()  # noqa: S608  (a constant)
+            log.info("%d sessions of an older version are taken over", len(rows))
+        with self._db:  # which commits, or rolls back: one version or the other
+            self._db.execute("BEGIN")
+            for table in ("boot", "session"):
+                self._db.execute(f"DROP TABLE IF EXISTS {table}")
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                self._db.execute(statement)
+            self._db.execute("INSERT INTO boot VALUES (?)", (boot_id,))
+            self._db.executemany("INSERT INTO session VALUES (?, ?, ?, ?)", rows)
 
 
 def read_sessions(path: Path) -> list[ExecSession]:
@@ -208,6 +222,14 @@ def _load(path: Path, record: str) -> ExecSession:
         return _RECORD.validate_json(record)
     except ValidationError as error:
         raise Internal("the session's record cannot be read", hint=f"{path}: {error}") from error
+
+
+def _load_as(path: Path, session_id: str, record: str) -> ExecSession:
+    """Load the record of the session `session_id`, and of no other: paths are built from ids."""
+    session = _load(path, record)
+    if session.id != session_id or parse_session_id(session_id) is None:
+        raise Internal("the session's record cannot be read", hint=f"{path}: it is that of {session.id[:64]!r}")
+    return session
 
 
 def _dump(session: ExecSession) -> str:

@@ -74,6 +74,25 @@ async def test_much_through_a_pipe(pipe: Pipe) -> None:
     await writing
 
 
+async def test_a_read_that_is_cancelled_loses_nothing(pipe: Pipe) -> None:
+    """Large reads make way for others, and a service may stop just then."""
+    output, data = PipeOutput(pipe.read, 1), os.urandom(60_000)
+    os.set_blocking(pipe.write.fileno(), False)
+    for _ in range(3):
+        os.write(pipe.write.fileno(), b"x" * 65536)
+        chunk = await output.read()
+        assert chunk is not None
+        assert len(chunk[1]) == 65536
+        os.write(pipe.write.fileno(), data)
+        reading = asyncio.create_task(output.read())
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        chunk = await output.read()
+        assert chunk is not None
+        assert chunk[1] == data
+
+
 async def test_a_cut_delivers_what_is_there_and_no_more(pipe: Pipe) -> None:
     output = PipeOutput(pipe.read, 1)
     os.write(pipe.write.fileno(), b"x" * 50_000)

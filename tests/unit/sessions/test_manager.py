@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import pytest
 from execgate.model.config import ConsoleSize, ExecConfig
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, OciRuntime
 from execgate.model.errors import Conflict, Exhausted, NotFound, StartFailed, Unavailable
-from execgate.model.ids import ContainerId
+from execgate.model.ids import ContainerId, SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
 from execgate.runtime.conmon import ExecRequest
 from execgate.runtime.streams import ExecStreams
+from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.events import EventBus
 from execgate.sessions.manager import AlreadyStarted, Limits, SessionManager
 from execgate.sessions.store import SessionStore
@@ -67,6 +68,9 @@ class FakeExecution:
         self.started: asyncio.Future[ProcessIdentity] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
         self.sizes: list[ConsoleSize] = []
+        self.tree: ProcessTree | None = None
+        self.disposable = asyncio.Event()
+        self.disposable.set()
         self._said = said
 
     async def start(self) -> ProcessIdentity:
@@ -80,6 +84,7 @@ class FakeExecution:
         self.sizes.append(size)
 
     async def dispose(self) -> None:
+        await self.disposable.wait()
         self._said.append("dispose")
 
     async def abort(self) -> None:
@@ -102,6 +107,7 @@ class FakeRuntime:
         self.before: Callable[[ExecRequest], None] = lambda _: None
         self.gate = asyncio.Event()
         self.gate.set()
+        self.kept: set[SessionId] = set()
 
     async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> FakeExecution:
         intend()
@@ -116,6 +122,9 @@ class FakeRuntime:
         self.said.append("adopt")
         self.executions.append(FakeExecution(self.said))
         return self.executions[-1]
+
+    def sweep(self, keep: Collection[SessionId]) -> None:
+        self.kept = set(keep)
 
 
 class FakeClient:
@@ -211,6 +220,7 @@ def make_world(path: Path, **limits: Any) -> World:
         read_accounts=lambda _pid: (b"root:x:0:0::/root:/bin/sh\n", b"root:x:0:\n"),
         all_capabilities=(),
         limits=Limits(**{"drain": 0.0, **limits}),
+        captures=path / "captures",
     )
     return World(said, store, containers, runtime, events, manager)
 
@@ -534,7 +544,7 @@ async def test_recovery(world: World) -> None:
     world.runtime.executions[0].started.set_result(PROCESS)
     await task
     await world.manager.close()
-    assert world.manager.recover() == 1
+    assert await world.manager.recover() == 1
     assert "adopt" in world.said
     world.runtime.executions[1].end(5)
     await world.wait_for("dispose")
@@ -576,3 +586,153 @@ async def test_a_store_that_becomes_full_meanwhile(world: World, moment: str) ->
     assert done, "the client waits for ever"
     assert "dispose" in world.said or "leave" in world.said, "descriptors, directory and monitor are held"
     assert world.manager.live == 0
+
+
+# -- what is over, and not cleared up yet
+
+
+async def disposing(world: World) -> tuple[ExecSession, FakeExecution]:
+    """Return a session whose end is on record, and whose disposal waits."""
+    session = await world.create(attach_stdout=True)
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    execution = world.runtime.executions[0]
+    execution.disposable.clear()
+    execution.started.set_result(PROCESS)
+    await task
+    execution.end(3)
+    await world.wait_for("stopped")
+    await asyncio.sleep(0)
+    assert world.manager.live == 0
+    return session, execution
+
+
+async def test_a_stop_waits_for_disposals(world: World) -> None:
+    session, execution = await disposing(world)
+    world.manager.sweep()
+    assert world.runtime.kept == {session.id}, "what is being cleared up was swept away under its hands"
+    closing = asyncio.create_task(world.manager.close())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not closing.done()
+    execution.disposable.set()
+    await asyncio.wait_for(closing, SOON)
+    assert world.said[-1] == "dispose"
+    world.manager.sweep()
+    assert world.runtime.kept == set()
+
+
+async def test_a_stop_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("execgate.sessions.manager._END_GRACE", 0.05)
+    with no_loop_errors():
+        await disposing(world)
+        before = asyncio.all_tasks()
+        await asyncio.wait_for(world.manager.close(), SOON)
+        assert asyncio.all_tasks() < before, "its task is still there"
+
+
+async def test_captures_of_nobody_are_removed(world: World, tmp_path: Path) -> None:
+    session = await world.create(capture_stdout=True)
+    known, stray = tmp_path / "captures" / session.id[:32], tmp_path / "captures" / ("0" * 32)
+    for directory in (known, stray):
+        directory.mkdir(parents=True)
+        (directory / f"{0:020d}").write_bytes(b"")
+    await world.manager.recover()
+    assert known.exists()
+    assert not stray.exists()
+    await world.manager.remove(session.id)
+    assert not known.exists()
+
+
+async def test_a_store_that_is_full_when_the_process_runs_does_not_lose_it(world: World) -> None:
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.store.full = True
+    world.runtime.executions[0].started.set_result(PROCESS)
+    assert (await asyncio.wait_for(task, SOON)).process == PROCESS
+    world.runtime.executions[0].end(5)
+    await world.wait_for("dispose")
+    assert world.manager.inspect(session.id).exit == ExitStatus(5, ExitSource.SYNC_PIPE)
+    world.store.full = False
+    world.manager.sweep()
+    assert world.store.get(session.id) == world.manager.inspect(session.id)
+
+
+# -- removal
+
+
+class Mortal(ProcessTree):
+    """A tree whose KILL ends a fake execution."""
+
+    def __init__(self, execution: FakeExecution) -> None:
+        super().__init__(SessionCgroups(None), SessionId("0" * 64), PROCESS)
+        self._execution = execution
+
+    async def kill(self, monitor: ProcessIdentity | None) -> bool:
+        self._execution.end(137)
+        return True
+
+
+async def start_mortal(world: World) -> ExecSession:
+    """Create and start a session that can be killed."""
+    session = await world.create()
+    number = len(world.runtime.executions)
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    async with asyncio.timeout(SOON):
+        while len(world.runtime.executions) == number:
+            await asyncio.sleep(0)
+    execution = world.runtime.executions[number]
+    execution.tree = Mortal(execution)
+    execution.started.set_result(PROCESS)
+    await task
+    return session
+
+
+async def test_a_running_session_is_removed_by_force_only(world: World) -> None:
+    session = await start_mortal(world)
+    with pytest.raises(Conflict, match="it is running"):
+        await world.manager.remove(session.id)
+    waiting = asyncio.create_task(world.manager.wait(session.id))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(world.manager.remove(session.id, force=True), SOON)
+    assert (await asyncio.wait_for(waiting, SOON)).exit == ExitStatus(137, ExitSource.SYNC_PIPE)
+    with pytest.raises(NotFound):
+        world.manager.inspect(session.id)
+
+
+async def test_whoever_waits_for_one_that_is_removed_unstarted(world: World) -> None:
+    session = await world.create()
+    waiting = asyncio.create_task(world.manager.wait(session.id))
+    await asyncio.sleep(0)
+    await world.manager.remove(session.id)
+    with pytest.raises(NotFound):
+        await asyncio.wait_for(waiting, SOON)
+
+
+async def test_all_of_a_container_are_removed(world: World) -> None:
+    created, running = await world.create(), await start_mortal(world)
+    with pytest.raises(NotFound):
+        await world.manager.remove_all("another")
+    assert set(await world.manager.remove_all("name", force=True)) == {created.id, running.id}
+    assert world.manager.list() == []
+    assert list(await world.manager.remove_all("c1")) == []
+    with pytest.raises(NotFound):
+        await world.manager.remove_all("c2", force=True)
+
+
+async def test_without_force_one_that_runs_is_in_the_way(world: World) -> None:
+    running = await start_mortal(world)
+    with pytest.raises(Conflict):
+        await world.manager.remove_all("c1")
+    assert world.manager.inspect(running.id).running
+    await world.manager.remove(running.id, force=True)
+
+
+async def test_a_container_that_is_gone_is_named_by_its_id(world: World) -> None:
+    session = await world.create()
+    world.containers.container = None
+    assert [one.id for one in world.manager.list("c1")] == [session.id]
+    assert list(await world.manager.remove_all("c1")) == [session.id]
+    with pytest.raises(NotFound):
+        world.manager.list("c1")

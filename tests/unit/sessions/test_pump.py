@@ -1,13 +1,14 @@
 """The pump: bytes from a client to a process and back, and everybody who may leave in between."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
-from execgate.model.session import ExitSource, ExitStatus
+from execgate.model.session import ByteCounts, ExitSource, ExitStatus
 from execgate.runtime.streams import ExecStreams, InputClosed
-from execgate.sessions.pump import ClientGone, Departure, Pump
+from execgate.sessions.backlog import Backlog, Chunk, MemoryBacklog
+from execgate.sessions.pump import ClientGone, Departure, Pump, Stdin
 
 CTRL_P_CTRL_Q = b"\x10\x11"
 SOON = 2.0
@@ -99,11 +100,44 @@ def running() -> "asyncio.Future[ExitStatus]":
     return asyncio.get_running_loop().create_future()
 
 
-def pump_of(client: FakeClient | None, *outputs: FakeOutput, stdin: FakeInput | None = None, tty: bool = False) -> Pump:
-    return Pump(ExecStreams(outputs=outputs, input=stdin), client, detach_keys=CTRL_P_CTRL_Q, tty=tty)
+BOTH = frozenset({1, 2})
 
 
-async def run(pump: Pump, exited: "asyncio.Future[ExitStatus]", drain: float = 10.0) -> None:
+class Pumped:
+    """A pump, its stdin, its backlog, and what its first client's departure was."""
+
+    def __init__(
+        self,
+        client: FakeClient | None,
+        *outputs: FakeOutput,
+        stdin: FakeInput | None = None,
+        tty: bool = False,
+        backlog: Backlog | None = None,
+        wanted: frozenset[int] = BOTH,
+        captured: frozenset[int] = BOTH,
+    ) -> None:
+        self.stdin = Stdin(stdin)
+        self.backlog = backlog or MemoryBacklog()
+        self.departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
+        self.on_departure: Callable[[], None] = lambda: None
+        self.pump = Pump(ExecStreams(outputs=outputs, input=stdin), self.stdin, self.backlog, captured=captured)
+        self._client, self._wanted, self._keys = client, wanted, CTRL_P_CTRL_Q if tty else b""
+
+    async def run(self, exited: "asyncio.Future[ExitStatus]", drain: float) -> None:
+        if self._client is not None:
+            self.pump.join(self._client, wanted=self._wanted, detach_keys=self._keys, left=self._left)
+        await self.pump.run(exited, drain)
+
+    def _left(self, departure: Departure) -> None:
+        self.departure.set_result(departure)  # InvalidStateError, if it is told twice
+        if departure is Departure.GONE:  # what the session does, unless its creator wanted otherwise
+            self.stdin.close()
+
+
+pump_of = Pumped
+
+
+async def run(pump: Pumped, exited: "asyncio.Future[ExitStatus]", drain: float = 10.0) -> None:
     before = asyncio.all_tasks()
     async with asyncio.timeout(SOON):
         await pump.run(exited, drain)
@@ -286,3 +320,85 @@ async def test_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert asyncio.all_tasks() <= before
+
+
+# -- what more than one reads
+
+
+class SlowBacklog(MemoryBacklog):
+    """Takes its time, as a disk does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = asyncio.Event()
+
+    async def append(self, stream: int, data: bytes) -> None:
+        await self.room.wait()
+        await super().append(stream, data)
+
+
+async def test_only_what_is_captured_is_kept_and_only_what_is_wanted_is_sent() -> None:
+    client = FakeClient(then="silence")
+    pumped = pump_of(
+        client, FakeOutput([b"out"], 1), FakeOutput([b"err"], 2), wanted=frozenset({1}), captured=frozenset({2})
+    )
+    with pumped.backlog.reader():
+        await run(pumped, done())
+        assert await pumped.backlog.read_now(0) == [Chunk(0, 2, b"err")]
+    assert client.got == [(1, b"out")]
+
+
+async def test_what_has_passed_is_counted_whoever_wanted_it() -> None:
+    client = FakeClient(b"abc", b"de")
+    pumped = pump_of(
+        client, FakeOutput([b"1", b"23"]), FakeOutput([b"4567"], 2), stdin=FakeInput(), wanted=frozenset(),
+        captured=frozenset(),
+    )  # fmt: skip
+    exited = running()
+    task = asyncio.create_task(run(pumped, exited))
+    await asyncio.wait_for(client.all_sent.wait(), SOON)
+    exited.set_result(ExitStatus(0, ExitSource.SYNC_PIPE))
+    await task
+    assert pumped.pump.transferred == ByteCounts(stdin=5, stdout=3, stderr=4)
+
+
+async def test_output_that_was_read_is_captured_even_if_the_service_stops() -> None:
+    """The pipe no longer has it: who stops between the two loses it for ever."""
+    backlog = SlowBacklog()
+    pumped = pump_of(None, FakeOutput([b"read"], held_open=True), backlog=backlog)
+    with backlog.reader():
+        task = asyncio.create_task(pumped.run(running(), 10))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not task.done()
+        backlog.room.set()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await backlog.read_now(0) == [Chunk(0, 1, b"read")]
+
+
+async def test_a_client_that_is_lost_without_a_word() -> None:
+    pumped = pump_of(FakeClient(), FakeOutput([], held_open=True), stdin=FakeInput())
+    exited = running()
+    task = asyncio.create_task(run(pumped, exited, 0))
+    await asyncio.sleep(0)
+    pumped.pump.lose()
+    pumped.pump.lose()
+    assert pumped.departure.result() is Departure.GONE
+    exited.set_result(ExitStatus(0, ExitSource.SYNC_PIPE))
+    await task
+
+
+async def test_writers_of_stdin_take_turns() -> None:
+    target = FakeInput()
+    stdin = Stdin(target)
+    await asyncio.gather(*[stdin.write(bytes([65 + number]) * 3) for number in range(5)])
+    assert bytes(target.got) == b"AAABBBCCCDDDEEE"
+    open_before = stdin.open
+    stdin.close()
+    stdin.close()
+    await stdin.write(b"late")
+    assert (open_before, stdin.open) == (True, False)
+    assert stdin.written == 15

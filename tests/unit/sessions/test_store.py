@@ -1,6 +1,8 @@
 """The store: one line of life, one winner, one boot."""
 
+import contextlib
 import itertools
+import json
 import os
 import sqlite3
 import stat
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from execgate.model.errors import Conflict, Internal, Unavailable
-from execgate.model.ids import ContainerId, new_session_id
+from execgate.model.ids import ContainerId, SessionId, new_session_id
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import TRANSITIONS, ExecSession, ExitSource, ExitStatus, SessionState
+from execgate.sessions import store as store_module
 from execgate.sessions.store import SessionStore, StateChanged, read_sessions
 from support.records import new_session
 
@@ -208,14 +211,14 @@ def test_forget(open_store: Open) -> None:
         store.add(session)
     live = [bring_to(store, state) for state in (SessionState.STARTING, SessionState.RUNNING)]
     stopped = bring_to(store, SessionState.STOPPED)  # at 5.0
-    assert store.forget(lambda session: session.id == "nobody's") == 0
-    assert store.forget(lambda session: session.id in (old.id, stopped.id)) == 2
+    assert store.forget(lambda session: session.id == "nobody's") == []
+    assert sorted(store.forget(lambda session: session.id in (old.id, stopped.id))) == sorted([old.id, stopped.id])
     assert store.get(old.id) is None
     assert store.get(stopped.id) is None
     store.close()
     store = open_store()
     assert {session.id for session in store.all()} == {young.id, *(session.id for session in live)}
-    assert store.forget(lambda session: True) == 1
+    assert store.forget(lambda session: True) == [young.id]
     assert {session.id for session in store.all()} == {session.id for session in live}, "a live session was forgotten"
 
 
@@ -277,3 +280,77 @@ def test_a_locked_file_is_said_so(open_store: Open, path: Path, monkeypatch: pyt
     finally:
         other.close()
     assert store.move(session, at(session, SessionState.STARTING)).running
+
+
+# -- what older versions wrote
+
+_VERSION_1 = """
+CREATE TABLE boot (id TEXT NOT NULL);
+CREATE TABLE session (id TEXT PRIMARY KEY, container_id TEXT NOT NULL, state TEXT NOT NULL, created_at REAL NOT NULL,
+    finished_at REAL, record TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX session_by_container ON session (container_id, state);
+CREATE INDEX session_by_end ON session (state, finished_at, created_at);
+PRAGMA user_version = 1;
+INSERT INTO boot VALUES ('boot');
+"""
+_SINCE = {"timed_out", "transferred", "container_labels"}
+_CONFIG_SINCE = {"timeout", "labels", "capture_stdout", "capture_stderr", "on_disconnect"}
+
+
+def as_version_1(session: ExecSession) -> str:
+    """Return the record as it was before there were labels, timeouts and captures."""
+    record = json.loads(store_module._dump(session))
+    record = {key: value for key, value in record.items() if key not in _SINCE}
+    record["config"] = {key: value for key, value in record["config"].items() if key not in _CONFIG_SINCE}
+    return json.dumps(record | {"a field that is gone": 1})
+
+
+def write_version_1(path: Path, records: dict[str, str]) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.executescript(_VERSION_1)
+        for session_id, record in records.items():
+            connection.execute("INSERT INTO session VALUES (?, 'c1', 'created', 1.0, NULL, ?)", (session_id, record))
+    connection.close()
+
+
+def test_the_records_of_version_1(open_store: Open, path: Path) -> None:
+    """What they lack has its default; what cannot be understood is dropped; the store works as a new one."""
+    session = new_session(args=("sleep", "1"), env=("A=b",), detach_keys=b"\x01")
+    broken, other = new_session().id, new_session()
+    records = {session.id: as_version_1(session), broken: "{}", new_session().id: as_version_1(other)}
+    write_version_1(path, records | {"../../etc": as_version_1(replace(other, id=SessionId("../../etc")))})
+    store = open_store()
+    assert store.all() == [session]
+    assert store.move(session, at(session, SessionState.STARTING)).running
+    store.close()
+    again = open_store()
+    assert [one.id for one in again.all()] == [session.id]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (store_module._SCHEMA_VERSION,)
+
+
+def test_records_of_this_version_that_lack_a_field(open_store: Open, path: Path) -> None:
+    session = new_session()
+    store = open_store()
+    store.add(session)
+    store.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE session SET record = ?", (as_version_1(session),))
+    connection.close()
+    assert open_store().all() == [session]
+
+
+def test_another_boot_forgets_an_older_version_too(open_store: Open, path: Path) -> None:
+    session = new_session()
+    write_version_1(path, {session.id: as_version_1(session)})
+    assert open_store("another").all() == []
+
+
+def test_a_migration_is_whole_or_not_at_all(open_store: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = new_session()
+    write_version_1(path, {session.id: as_version_1(session)})
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, "_SCHEMA", store_module._SCHEMA + "NONSENSE;")
+        with pytest.raises(Unavailable):
+            open_store()
+    assert open_store().all() == [session]

@@ -193,11 +193,13 @@ class SessionRoutes:
 
 def parse_signal(text: str) -> int:
     """Return a signal's number: `KILL`, `SIGKILL`, `9`, `RTMIN+3`; KILL for nothing. InvalidArgument."""
-    name = text.upper().removeprefix("SIG") or "KILL"
-    number = int(name) if _NUMBER.fullmatch(name) else 0
-    if found := _REAL_TIME.fullmatch(name):
+    name = text.upper().removeprefix("SIG") if text else "KILL"
+    if _NUMBER.fullmatch(name):
+        number = int(name)
+    elif found := _REAL_TIME.fullmatch(name):
         number = signal.SIGRTMIN + int(found[1]) if found[1] else signal.SIGRTMAX - int(found[2])
-    elif not number:
+        number = max(number, signal.SIGRTMIN - 1)  # which is none: the C library keeps those below for itself
+    else:
         number = getattr(signal.Signals, f"SIG{name}", 0)
     if number not in signal.valid_signals():
         raise InvalidArgument(f"Invalid signal: {text[:64]}")

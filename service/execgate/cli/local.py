@@ -1,55 +1,30 @@
-"""The command line: `execgate serve`, `containers`, `sessions`, `check-config`."""
+"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`."""
 
 import argparse
 import asyncio
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from execgate import __version__, app, logs
+from execgate import logs
+from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of
-from execgate.model.errors import ExecgateError, InvalidArgument
-from execgate.model.session import ExecSession
+from execgate.model.errors import InvalidArgument
+from execgate.model.session import ExecSession, SessionState
 from execgate.sessions.store import read_sessions
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-_INTERRUPTED = 130  # 128 + SIGINT
+_STATES = {
+    "created": (SessionState.CREATED,),
+    "running": (SessionState.STARTING, SessionState.RUNNING),
+    "stopped": (SessionState.STOPPED,),
+}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[Config, argparse.Namespace], int] = arguments.command
-    try:
-        return command(load(vars(arguments), os.environ), arguments)
-    except ExecgateError as error:
-        print(f"execgate: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, InvalidArgument) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:  # `execgate sessions | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="execgate",
-        description="The Docker exec API for the OCI containers of this host.",
-        epilog="Every option has a key in the TOML file and a variable EXECGATE_NAME; flags win over variables, "
-        "variables over the file.",
-    )
-    parser.add_argument("--version", action="version", version=f"execgate {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to a parser's."""
     serve = _command(commands, "serve", _serve, "run the service")
     serve.add_argument(
         "--listen",
@@ -70,15 +45,26 @@ def _parser() -> argparse.ArgumentParser:
 
     containers = _command(commands, "containers", _containers, "show the containers that can be reached")
     sessions = _command(commands, "sessions", _sessions, "show the exec sessions that are known")
+    sessions.add_argument("--container", metavar="NAME", help="only those of this container, by name or id")
+    sessions.add_argument("--state", choices=tuple(_STATES), help="only those in this state")
+    sessions.add_argument(
+        "--label",
+        dest="labels",
+        action="append",
+        default=[],
+        metavar="K[=V]",
+        help="only those so labelled; repeatable",
+    )
     for table in (containers, sessions):
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
-    return parser
 
 
-def _command(commands: Any, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, run: Callable[[Config, argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=lambda arguments: run(load(vars(arguments), os.environ), arguments))
     parser.add_argument("--config", metavar="FILE", help="TOML file (default /etc/execgate/execgate.toml if it exists)")
     parser.add_argument("--state-dir", metavar="DIR", help="where sessions are kept (default /run/execgate)")
     parser.add_argument(
@@ -99,6 +85,8 @@ def _command(commands: Any, name: str, run: Callable[..., int], text: str) -> ar
 
 
 def _serve(config: Config, _arguments: argparse.Namespace) -> int:
+    from execgate import app  # noqa: PLC0415  (the other commands need not wait for it)
+
     logs.set_up(config.log_level, config.log_format)
     _run(app.serve(config), config.event_loop)
     return 0
@@ -129,16 +117,16 @@ def _containers(config: Config, arguments: argparse.Namespace) -> int:
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
     else:
         table = [
-            (c.name, c.runtime.name, c.status, _ago(c.created), c.id[:12] if len(c.id) == 64 else c.id) for c in found
+            (c.name, c.runtime.name, c.status, ago(c.created), c.id[:12] if len(c.id) == 64 else c.id) for c in found
         ]
-        _print_table(("NAME", "RUNTIME", "STATUS", "CREATED", "ID"), table)
+        print_table(("NAME", "RUNTIME", "STATUS", "CREATED", "ID"), table)
     for path, reason in catalog.problems():
         print(f"execgate: {path}: {reason}", file=sys.stderr)
     return 0
 
 
 def _sessions(config: Config, arguments: argparse.Namespace) -> int:
-    found = read_sessions(config.state_dir / DATABASE)
+    found = [one for one in read_sessions(config.state_dir / DATABASE) if _is_wanted(one, arguments)]
     if arguments.json:
         print(json.dumps([_session(session) for session in found], indent=2))
     else:
@@ -148,13 +136,23 @@ def _sessions(config: Config, arguments: argparse.Namespace) -> int:
                 session.container.name,
                 session.state,
                 "" if session.exit is None else f"{session.exit.code} ({session.exit.source})",
-                _ago(session.created_at),
-                _shown(" ".join(session.config.args)),
+                ago(session.created_at),
+                shown(" ".join(session.config.args)),
             )
             for session in found
         ]
-        _print_table(("SESSION", "CONTAINER", "STATE", "EXIT", "CREATED", "COMMAND"), rows)
+        print_table(("SESSION", "CONTAINER", "STATE", "EXIT", "CREATED", "COMMAND"), rows)
     return 0
+
+
+def _is_wanted(session: ExecSession, arguments: argparse.Namespace) -> bool:
+    wanted = [label.partition("=") for label in arguments.labels]
+    labels = session.config.labels
+    return (
+        arguments.container in (None, session.container.name, session.container.container_id)
+        and (arguments.state is None or session.state in _STATES[arguments.state])
+        and all(name in labels and (not equals or labels[name] == value) for name, equals, value in wanted)
+    )
 
 
 def _session(session: ExecSession) -> dict[str, Any]:
@@ -165,14 +163,16 @@ def _session(session: ExecSession) -> dict[str, Any]:
         "State": session.state,
         "ExitCode": session.exit.code if session.exit else None,
         "ExitCodeSource": session.exit.source if session.exit else None,
+        "TimedOut": session.timed_out,
         "Error": session.error,
-        "CreatedAt": _rfc3339(session.created_at),
-        "StartedAt": _rfc3339(session.started_at),
-        "FinishedAt": _rfc3339(session.finished_at),
+        "CreatedAt": rfc3339(session.created_at),
+        "StartedAt": rfc3339(session.started_at),
+        "FinishedAt": rfc3339(session.finished_at),
         "Pid": session.process.pid if session.process and session.running else 0,
         "Cmd": list(session.config.args),
         "Tty": session.config.tty,
         "User": session.config.user,
+        "Labels": dict(session.config.labels),
     }
 
 
@@ -197,27 +197,4 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         problems.append(f"no conmon at {conmon}" if conmon else "conmon is not installed")
     for problem in problems:
         print(f"execgate: {problem}", file=sys.stderr)
-    return EXIT_FAILURE if problems else 0
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in (titles, *rows)) for column in range(len(titles))]
-    for row in (titles, *rows):
-        print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _ago(seconds: float) -> str:
-    age = max(0, int(time.time() - seconds))
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if age >= length:
-            return f"{age // length}{unit} ago"
-    return f"{age}s ago"
-
-
-def _rfc3339(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
-
-
-def _shown(text: str, limit: int = 60) -> str:
-    printable = "".join(character if character.isprintable() else "?" for character in text)
-    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+    return 1 if problems else 0

@@ -1,0 +1,170 @@
+"""The commands that ask a running service about sessions: `attach`, `logs`, `kill`, `stop`, `wait`, `rm`.
+
+A session is named by its id or by the beginning of it, as long as that is the beginning of one only.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from execgate.cli.signals import run_until_signalled
+from execgate.cli.terminal import copy_output, interact
+from execgate.client import DEFAULT_HOST, Client
+from execgate.config import load
+from execgate.model.errors import InvalidArgument, NotFound
+from execgate.model.ids import SessionId, parse_session_id
+
+HOST_VARIABLE = "EXECGATE_HOST"
+EXIT_LOST = 125
+"""The service, or the request to it, failed: no exit code of a process is known."""
+
+Ask = Callable[[Client, argparse.Namespace], Awaitable[int]]
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands of this module to a parser's."""
+    attach = service_command(
+        commands, "attach", _attach, "attach to a running session: its output, its input, its keys"
+    )
+    attach.set_defaults(failure_exit=EXIT_LOST)
+    attach.add_argument("--after", type=_offset, metavar="BYTES", help="replay what was captured, from this offset on")
+    attach.add_argument("--no-stdin", action="store_true", help="only look")
+    attach.add_argument("session", metavar="SESSION")
+
+    logs = service_command(commands, "logs", _logs, "print the captured output of a session")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the session is over")
+    logs.add_argument("--after", type=_offset, default=0, metavar="BYTES", help="begin at this offset (default 0)")
+    logs.add_argument("session", metavar="SESSION")
+
+    kill = service_command(commands, "kill", _each(_kill), "send a signal to sessions; KILL ends the whole tree")
+    kill.add_argument("-s", "--signal", default="KILL", metavar="SIGNAL", help="a name or a number (default KILL)")
+    stop = service_command(commands, "stop", _each(_stop), "end sessions: TERM, then KILL what is left")
+    stop.add_argument(
+        "-t", "--time", type=seconds_of, metavar="SECONDS", help="between TERM and KILL (default: the service's, 10)"
+    )
+    wait = service_command(commands, "wait", _each(_wait), "wait for the end of sessions and print their exit codes")
+    remove = service_command(commands, "rm", _each(_remove), "forget sessions that are over")
+    remove.add_argument("-f", "--force", action="store_true", help="kill those that run")
+    for parser in (kill, stop, wait, remove):
+        parser.add_argument("sessions", nargs="+", metavar="SESSION")
+
+
+def service_command(commands: Any, name: str, ask: Ask, text: str) -> Any:
+    """Add a command that asks a service, and return its parser."""
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=lambda arguments: run_until_signalled(_asked(ask, arguments)))
+    parser.add_argument(
+        "-H",
+        "--host",
+        metavar="ADDRESS",
+        help=f"the service: unix:///PATH or tcp://HOST:PORT (default ${HOST_VARIABLE}, else the first of the "
+        "configuration's `listen`)",
+    )
+    parser.add_argument("--config", metavar="FILE", help="TOML file (default /etc/execgate/execgate.toml if it exists)")
+    return parser
+
+
+async def _asked(ask: Ask, arguments: argparse.Namespace) -> int:
+    # Who says where the service is need not be allowed to read its configuration.
+    host = arguments.host or os.environ.get(HOST_VARIABLE) or _configured_host(arguments)
+    async with Client(host) as client:
+        return await ask(client, arguments)
+
+
+def _configured_host(arguments: argparse.Namespace) -> str:
+    listen = load(vars(arguments), os.environ).listen
+    return listen[0] if listen else DEFAULT_HOST
+
+
+async def find_session(client: Client, text: str) -> SessionId:
+    """Return the id that `text` is, or is the only beginning of. NotFound; InvalidArgument when it is of several."""
+    if known := parse_session_id(text):
+        return known
+    found = [one.id for one in await client.sessions() if text and one.id.startswith(text)]
+    if not found:
+        raise NotFound(f"no exec session's id begins with {text[:64]!r}")
+    if len(found) > 1:
+        raise InvalidArgument(f"the ids of {len(found)} exec sessions begin with {text[:64]!r}")
+    return found[0]
+
+
+def _each(do: Callable[[Client, SessionId, argparse.Namespace], Awaitable[str]]) -> Ask:
+    """Return a command that does the same with several sessions, and prints a line for each."""
+
+    async def ask(client: Client, arguments: argparse.Namespace) -> int:
+        for text in arguments.sessions:
+            line = await do(client, await find_session(client, text), arguments)
+            print(line or text, flush=True)
+        return 0
+
+    return ask
+
+
+async def _kill(client: Client, session_id: SessionId, arguments: argparse.Namespace) -> str:
+    await client.kill(session_id, arguments.signal)
+    return ""
+
+
+async def _stop(client: Client, session_id: SessionId, arguments: argparse.Namespace) -> str:
+    await client.stop(session_id, arguments.time)
+    return ""
+
+
+async def _wait(client: Client, session_id: SessionId, _arguments: argparse.Namespace) -> str:
+    return str((await client.wait(session_id)).exit_code)
+
+
+async def _remove(client: Client, session_id: SessionId, arguments: argparse.Namespace) -> str:
+    await client.remove(session_id, force=arguments.force)
+    return ""
+
+
+async def _logs(client: Client, arguments: argparse.Namespace) -> int:
+    session_id = await find_session(client, arguments.session)
+    async with await client.logs(session_id, after=arguments.after, follow=arguments.follow) as output:
+        _tell_gap(arguments.after, output.offset)
+        await copy_output(output)
+    return 0
+
+
+async def _attach(client: Client, arguments: argparse.Namespace) -> int:
+    session_id = await find_session(client, arguments.session)
+    session = await client.inspect(session_id)
+    stdin = session.running and session.attach_stdin and not arguments.no_stdin
+    async with await client.attach(session_id, after=arguments.after, stdin=stdin) as stream:
+        _tell_gap(arguments.after or 0, stream.offset)
+        await interact(stream, tty=session.tty, stdin=stdin)
+    return await outcome(client, session_id)
+
+
+async def outcome(client: Client, session_id: SessionId) -> int:
+    """Return the exit code of a session whose stream is over; 0 when it goes on: the user has detached."""
+    session = await client.inspect(session_id)
+    if session.exit is not None:
+        return session.exit.code
+    print(f"execgate: detached; `execgate attach {session_id[:12]}` comes back to it", file=sys.stderr)
+    return 0
+
+
+def _tell_gap(after: int, offset: int) -> None:
+    if offset > after:
+        print(f"execgate: output from {after} to {offset} was dropped", file=sys.stderr)
+
+
+def _offset(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes")
+    return int(text)
+
+
+def seconds_of(text: str) -> float:
+    """Parse an option that is a time in seconds."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds

@@ -1,0 +1,644 @@
+"""A client of a running service, for asyncio programs::
+
+    async with Client("unix:///run/execgate.sock") as client:
+        result = await client.run("web", ["ls", "/"], timeout=10)
+        session_id = await client.create("web", ["sh"], tty=True, attach_stdin=True)
+        async with await client.start(session_id) as stream:
+            await stream.write(b"exit 3\n")
+            async for number, data in stream:
+                ...
+        end = await client.wait(session_id)
+
+It speaks the libpod tree of the API, in which the session alone decides how its output is framed and a second start
+is refused with a status; in Docker's the client decides, and is told of a second start in the stream.
+
+Everything raises the categories of `execgate.model.errors` with the service's own words, and Unavailable when the
+service cannot be reached. No call has a time limit of its own but for the connection; `asyncio.timeout` gives it one.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect
+from execgate.model.errors import (
+    Conflict,
+    ExecgateError,
+    Exhausted,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    StartFailed,
+    TooLarge,
+    Unavailable,
+)
+from execgate.model.ids import ContainerId, SessionId
+from execgate.model.options import ExecOptions, exec_config
+from execgate.model.session import ByteCounts, ExitSource, ExitStatus, SessionState
+from execgate.wire.detach_keys import format_detach_keys
+from execgate.wire.stdcopy import STDOUT, Demultiplexer
+
+DEFAULT_HOST = "unix:///run/execgate.sock"
+
+_TREE = "/v5.0.0/libpod"
+_OFFSET_HEADER = "Execgate-Offset"
+_MULTIPLEXED = "multiplexed"
+_CONNECT_TIMEOUT = 10.0
+_READ_SIZE = 256 * 1024
+_MAX_ERROR = 1024 * 1024
+_CATEGORIES: Mapping[int, type[ExecgateError]] = {
+    404: NotFound,
+    409: Conflict,
+    413: TooLarge,
+    500: Internal,
+    502: Unavailable,
+    503: Unavailable,
+    504: Unavailable,
+}
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerInfo:
+    """A container that can be reached. `pid` is its init's, 0 once that is gone; `labels` are its annotations."""
+
+    id: ContainerId
+    name: str
+    state: str
+    pid: int
+    args: tuple[str, ...]
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """A session as the service sees it now.
+
+    `pid` is the process's on the host and `container_pid` in its container, 0 when it does not run; `timeout` is
+    seconds, 0 for none; `error` is why a start failed.
+    """
+
+    id: SessionId
+    container_id: ContainerId
+    state: SessionState
+    exit: ExitStatus | None
+    error: str
+    timed_out: bool
+    args: tuple[str, ...]
+    tty: bool
+    user: str
+    privileged: bool
+    attach_stdin: bool
+    attach_stdout: bool
+    attach_stderr: bool
+    capture_stdout: bool
+    capture_stderr: bool
+    on_disconnect: OnDisconnect
+    timeout: float
+    labels: Mapping[str, str]
+    pid: int
+    container_pid: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    transferred: ByteCounts
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs; a start that is under way counts."""
+        return self.state is SessionState.RUNNING
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """How a session ended: 0…255, whether its time was over before it was, and why its start failed if it did."""
+
+    exit_code: int
+    timed_out: bool
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunAnswer:
+    """How a one-shot exec went. `truncated`: there was more output than was asked for; `error`: it did not start."""
+
+    id: SessionId
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    timed_out: bool
+    truncated: bool
+    error: str
+    started_at: datetime
+    finished_at: datetime
+
+
+class Output:
+    """What a session writes, piece by piece: 1 is stdout (and all output of a terminal), 2 is stderr.
+
+    A piece of stream 3 is a word of the service itself: what was dropped before a slow reader came to it. `offset` is
+    where in the whole output this one begins. What is not read yet waits in the service, and the process with it.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Awaitable[bytes]],
+        close: Callable[[], Awaitable[None]],
+        *,
+        multiplexed: bool,
+        offset: int,
+    ) -> None:
+        self.offset = offset
+        self._receive = read
+        self._release = close
+        self._frames = Demultiplexer() if multiplexed else None
+        self._pieces: deque[tuple[int, bytes]] = deque()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, bytes]:
+        while not self._pieces:
+            data = b"" if self._closed else await self._receive()
+            if not data:
+                await self.close()
+                if self._frames is not None and not self._frames.at_boundary:
+                    raise Unavailable("the connection to the service broke within the output")
+                raise StopAsyncIteration
+            self._pieces.extend([(STDOUT, data)] if self._frames is None else self._frames.feed(data))
+        return self._pieces.popleft()
+
+    async def close(self) -> None:
+        """Leave. May be called again."""
+        if not self._closed:
+            self._closed = True
+            await self._release()
+
+
+class Stream(Output):
+    """A session's output and its input. Closing it before the end is what `OnDisconnect` speaks of."""
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        resize: Callable[[ConsoleSize], Awaitable[None]],
+        *,
+        multiplexed: bool,
+        offset: int,
+    ) -> None:
+        super().__init__(self._read, self._shut, multiplexed=multiplexed, offset=offset)
+        self._reader = reader
+        self._writer = writer
+        self._resize = resize
+
+    async def write(self, data: bytes) -> None:
+        """Send input, waiting for room. What the process will not read any more is dropped."""
+        if self._closed:
+            return
+        with contextlib.suppress(OSError):  # reading tells how the session or the connection ended
+            self._writer.write(data)
+            await self._writer.drain()
+
+    async def write_eof(self) -> None:
+        """End the input. A terminal has no such end: there it is a key, Ctrl-D."""
+        if not self._closed:
+            with contextlib.suppress(OSError, RuntimeError):
+                self._writer.write_eof()
+
+    async def resize(self, height: int, width: int) -> None:
+        """Set the terminal's size. Conflict once the session is over."""
+        await self._resize(ConsoleSize(height, width))
+
+    async def _read(self) -> bytes:
+        try:
+            return await self._reader.read(_READ_SIZE)
+        except OSError as error:
+            await self.close()
+            raise Unavailable(f"the connection to the service broke: {error.strerror or error}") from error
+
+    async def _shut(self) -> None:
+        await _close(self._writer)
+
+
+class Client:
+    """The exec API of one service. Use it as `async with Client(host) as client`; `unix:///PATH` or `tcp://HOST:PORT`."""
+
+    def __init__(self, host: str = DEFAULT_HOST) -> None:
+        """InvalidArgument for a host that is no address."""
+        self.host = host
+        parts = urlsplit(host)
+        self._path = parts.path if parts.scheme == "unix" and not parts.netloc else ""
+        try:
+            self._address = (parts.hostname or "", parts.port or 0) if parts.scheme == "tcp" else ("", 0)
+        except ValueError as error:
+            raise InvalidArgument(f"{host}: {error}") from error
+        if not self._path and not all(self._address):
+            raise InvalidArgument(f"{host!r}: expected unix:///PATH or tcp://HOST:PORT")
+        self._authority = parts.netloc or "execgate"
+        self._session: aiohttp.ClientSession | None = None
+
+    def __repr__(self) -> str:
+        return f"<Client {self.host}>"
+
+    async def __aenter__(self) -> Self:
+        # One connection a request: what was idle while the service restarted would fail the next call.
+        connector: aiohttp.BaseConnector
+        if self._path:
+            connector = aiohttp.UnixConnector(self._path, force_close=True, limit=0)
+        else:
+            connector = aiohttp.TCPConnector(force_close=True, limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    # -- look --------------------------------------------------------------------------------------------------------
+
+    async def containers(self, *, stopped: bool = False) -> list[ContainerInfo]:
+        """Return the containers that run, and with `stopped` the others too."""
+        found = await self._json("GET", "/containers/json", query={"all": "true"} if stopped else {})
+        return _understood(lambda: [_container(one) for one in found])
+
+    async def sessions(
+        self,
+        *,
+        containers: Sequence[str] = (),
+        states: Sequence[SessionState] = (),
+        labels: Mapping[str, str | None] | None = None,
+    ) -> list[SessionInfo]:
+        """Return the sessions, oldest first: of these containers, in these states, with all labels (None: any)."""
+        filters = {
+            "container": list(containers),
+            "state": [str(state) for state in states],
+            "label": [name if value is None else f"{name}={value}" for name, value in (labels or {}).items()],
+        }
+        chosen = {name: values for name, values in filters.items() if values}
+        found = await self._json("GET", "/exec/json", query={"filters": json.dumps(chosen)} if chosen else {})
+        return _understood(lambda: [_session(one) for one in found])
+
+    async def inspect(self, session_id: str) -> SessionInfo:
+        """Return a session by its full id. NotFound."""
+        found = await self._json("GET", _exec(session_id, "json"))
+        return _understood(lambda: _session(found))
+
+    # -- create and start --------------------------------------------------------------------------------------------
+
+    async def create(self, container: str, args: Sequence[str], **options: Unpack[ExecOptions]) -> SessionId:
+        """Register an exec in a running container and return its id. `options` are the fields of `ExecConfig`.
+
+        NotFound, Conflict, InvalidArgument, Exhausted.
+        """
+        body = _create_body(exec_config(args, options))
+        found = await self._json("POST", f"/containers/{_quoted(container)}/exec", body=body)
+        return _understood(lambda: SessionId(found["Id"]))
+
+    async def start_detached(self, session_id: str) -> None:
+        """Start with nothing attached; return once the process runs. StartFailed, Conflict, NotFound, Exhausted."""
+        try:
+            await self._json("POST", _exec(session_id, "start"), body={"Detach": True})
+        except (InvalidArgument, Internal) as error:
+            raise await self._start_failure(session_id) or error from error
+
+    async def start(self, session_id: str, *, size: ConsoleSize | None = None) -> Stream:
+        """Start, attached to what the session was created to attach. Conflict when it was started before.
+
+        A start that fails is told in the output, and by `wait`: 126, 127 or 128 and the reason.
+        """
+        body: dict[str, Any] = {"Tty": True, "h": size.height, "w": size.width} if size else {}
+        return await self._hijack(session_id, "start", body, {})
+
+    async def attach(
+        self, session_id: str, *, after: int | None = None, stdin: bool = True, stdout: bool = True, stderr: bool = True
+    ) -> Stream:
+        """Attach to a running session, or to what is captured of one that is over.
+
+        The output begins after `after` bytes, as far as it is captured (the stream's `offset` tells); None is "from
+        now on". Conflict when there is nothing to attach to.
+        """
+        query = {"stdin": _flag(stdin), "stdout": _flag(stdout), "stderr": _flag(stderr)}
+        if after is not None:
+            query["after"] = str(after)
+        return await self._hijack(session_id, "attach", {}, query)
+
+    async def run(
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        limit: int = 1024 * 1024,
+        **options: Unpack[ExecOptions],
+    ) -> RunAnswer:
+        """Run a command to its end and return what it wrote, `limit` bytes of stdout and stderr together.
+
+        A command that cannot be started is an answer too: 126, 127 or 128, and `error`. Over a unix socket, whoever
+        cancels this kills the process.
+        """
+        body = _create_body(exec_config(args, options)) | {
+            "Stdin": base64.b64encode(stdin).decode("ascii"),
+            "Encoding": "base64",
+            "OutputLimit": limit,
+        }
+        found = await self._json("POST", f"/containers/{_quoted(container)}/exec/run", body=body)
+        return _understood(lambda: _run_answer(found))
+
+    # -- while it runs -----------------------------------------------------------------------------------------------
+
+    async def resize(self, session_id: str, height: int, width: int) -> None:
+        """Set the size of a session's terminal; before the start it is kept for the start. Conflict when it is over."""
+        await self._json("POST", _exec(session_id, "resize"), query={"h": str(height), "w": str(width)})
+
+    async def write_stdin(self, session_id: str, data: bytes, *, eof: bool = False) -> None:
+        """Write to the process's stdin, and with `eof` end it. Conflict when it has none that is open."""
+        await self._json("POST", _exec(session_id, "stdin"), query={"eof": _flag(eof)}, data=data)
+
+    async def logs(self, session_id: str, *, after: int = 0, follow: bool = False) -> Output:
+        """Return the captured output after `after` bytes: what is there, and with `follow` what comes. Conflict."""
+        response = await self._request(
+            "GET", _exec(session_id, "logs"), query={"after": str(after), "follow": _flag(follow)}
+        )
+
+        async def read() -> bytes:
+            with _translated(self.host):
+                return await response.content.readany()
+
+        async def release() -> None:
+            response.close()
+
+        return Output(
+            read,
+            release,
+            multiplexed=_MULTIPLEXED in response.content_type,
+            offset=int(response.headers.get(_OFFSET_HEADER, "0")),
+        )
+
+    async def kill(self, session_id: str, signal: str | int = "KILL") -> None:
+        """Send a signal to the process, KILL to its whole tree, which is then over. Conflict when it does not run."""
+        name = signal if isinstance(signal, str) else str(int(signal))  # a member of an IntEnum prints as its name
+        await self._json("POST", _exec(session_id, "kill"), query={"signal": name})
+
+    async def stop(self, session_id: str, grace: float | None = None) -> None:
+        """Send TERM, after `grace` seconds KILL to what is left, and return when it is over. Conflict."""
+        await self._json("POST", _exec(session_id, "stop"), query={} if grace is None else {"t": f"{grace:.3f}"})
+
+    async def wait(self, session_id: str) -> SessionEnd:
+        """Return how the session ended, once it has. NotFound when it is forgotten before it was ever started."""
+        found = await self._json("POST", _exec(session_id, "wait"))
+        return _understood(lambda: SessionEnd(int(found["StatusCode"]), bool(found["TimedOut"]), str(found["Error"])))
+
+    async def remove(self, session_id: str, *, force: bool = False) -> None:
+        """Forget a session that does not run; with `force` kill it first. Conflict."""
+        await self._json("DELETE", f"/exec/{_quoted(session_id)}", query={"force": _flag(force)})
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _json(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+        data: bytes | None = None,
+    ) -> Any:
+        """Return the answer's JSON, or None when it has none."""
+        sent = data if body is None else json.dumps(body).encode()
+        async with await self._request(method, path, query=query, data=sent) as response:
+            with _translated(self.host):
+                text = await response.read()
+        return _understood(lambda: json.loads(text) if text.strip() else None)
+
+    async def _request(
+        self, method: str, path: str, *, query: Mapping[str, str] | None = None, data: bytes | None = None
+    ) -> aiohttp.ClientResponse:
+        """Return a successful answer, its body unread; else raise its category."""
+        if self._session is None:
+            raise RuntimeError("a Client is used within its `async with`")
+        url = URL(f"http://{self._authority}{_TREE}{path}", encoded=True).with_query(query)
+        with _translated(self.host):
+            response = await self._session.request(method, url, data=data)
+            if response.status < 400:
+                return response
+            async with response:
+                text = await response.content.read(_MAX_ERROR)
+        raise _category(response.status, text, response.headers)
+
+    async def _hijack(self, session_id: str, verb: str, body: Mapping[str, Any], query: Mapping[str, str]) -> Stream:
+        """Send a request whose connection becomes a stream, and return that."""
+        url = URL(_TREE + _exec(session_id, verb), encoded=True).with_query(query)
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {url} HTTP/1.1\r\nHost: {self._authority}\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        )
+        reader, writer = await self._connect()
+        try:
+            with _translated(self.host):
+                writer.write(head.encode("ascii") + content)
+                status, headers = _parse_head(await reader.readuntil(b"\r\n\r\n"))
+                if status >= 300:
+                    text = await reader.readexactly(min(int(headers.get("content-length", "0")), _MAX_ERROR))
+                    raise _category(status, text, headers)
+            return Stream(
+                reader,
+                writer,
+                lambda size: self.resize(session_id, size.height, size.width),
+                multiplexed=_MULTIPLEXED in headers.get("content-type", ""),
+                offset=int(headers.get(_OFFSET_HEADER.lower(), "0")),
+            )
+        except BaseException:
+            await _close(writer)
+            raise
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        with _translated(self.host):
+            async with asyncio.timeout(_CONNECT_TIMEOUT):
+                if self._path:
+                    return await asyncio.open_unix_connection(self._path, limit=_READ_SIZE)
+                return await asyncio.open_connection(*self._address, limit=_READ_SIZE)
+
+    async def _start_failure(self, session_id: str) -> StartFailed | None:
+        """Return why a start failed, if it was a start that failed and not the request."""
+        with contextlib.suppress(ExecgateError):
+            session = await self.inspect(session_id)
+            if session.exit is not None and session.exit.source is ExitSource.START_FAILURE:
+                return StartFailed(session.error, session.exit.code)
+        return None
+
+
+def _create_body(config: ExecConfig) -> dict[str, Any]:
+    size = config.console_size
+    return {
+        "Cmd": list(config.args),
+        "Tty": config.tty,
+        "ConsoleSize": [size.height, size.width] if size else None,
+        "AttachStdin": config.attach_stdin,
+        "AttachStdout": config.attach_stdout,
+        "AttachStderr": config.attach_stderr,
+        "DetachKeys": format_detach_keys(config.detach_keys),
+        "Env": list(config.env),
+        "Privileged": config.privileged,
+        "User": config.user,
+        "WorkingDir": config.working_dir,
+        "Timeout": config.timeout or 0,
+        "Labels": dict(config.labels),
+        "CaptureStdout": config.capture_stdout,
+        "CaptureStderr": config.capture_stderr,
+        "OnDisconnect": config.on_disconnect,
+    }
+
+
+def _container(found: Mapping[str, Any]) -> ContainerInfo:
+    return ContainerInfo(
+        id=ContainerId(found["Id"]),
+        name=found["Names"][0],
+        state=found["State"],
+        pid=found["Pid"],
+        args=tuple(found["Command"]),
+        labels=found["Labels"],
+    )
+
+
+def _session(found: Mapping[str, Any]) -> SessionInfo:
+    process = found["ProcessConfig"]
+    code, source = found["ExitCode"], found["ExitCodeSource"]
+    ended = None if source is None else ExitStatus(code, ExitSource(source))
+    state = SessionState.CREATED if ended is None else SessionState.STOPPED
+    return SessionInfo(
+        id=SessionId(found["ID"]),
+        container_id=ContainerId(found["ContainerID"]),
+        state=SessionState.RUNNING if found["Running"] else state,
+        exit=ended,
+        error=found["Error"],
+        timed_out=found["TimedOut"],
+        args=(process["entrypoint"], *process["arguments"]),
+        tty=process["tty"],
+        user=process.get("user", ""),
+        privileged=process["privileged"],
+        attach_stdin=found["OpenStdin"],
+        attach_stdout=found["OpenStdout"],
+        attach_stderr=found["OpenStderr"],
+        capture_stdout=found["CaptureStdout"],
+        capture_stderr=found["CaptureStderr"],
+        on_disconnect=OnDisconnect(found["OnDisconnect"]),
+        timeout=found["Timeout"],
+        labels=found["Labels"],
+        pid=found["Pid"],
+        container_pid=found["ContainerPid"],
+        created_at=datetime.fromisoformat(found["CreatedAt"]),
+        started_at=_time(found["StartedAt"]),
+        finished_at=_time(found["FinishedAt"]),
+        transferred=ByteCounts(found["StdinBytes"], found["StdoutBytes"], found["StderrBytes"]),
+    )
+
+
+def _run_answer(found: Mapping[str, Any]) -> RunAnswer:
+    return RunAnswer(
+        id=SessionId(found["Id"]),
+        exit_code=int(found["ExitCode"]),
+        stdout=base64.b64decode(found["Stdout"]),
+        stderr=base64.b64decode(found["Stderr"]),
+        timed_out=found["TimedOut"],
+        truncated=found["Truncated"],
+        error=found["Error"],
+        started_at=datetime.fromisoformat(found["StartedAt"]),
+        finished_at=datetime.fromisoformat(found["FinishedAt"]),
+    )
+
+
+def _time(text: str) -> datetime | None:
+    """Return a time, or None for Go's way to say that there was none: the year 1."""
+    time = datetime.fromisoformat(text).astimezone(UTC)
+    return None if time.year == 1 else time
+
+
+def _understood(read: Callable[[], _T]) -> _T:
+    """Return what `read` makes of an answer. Internal when that is not what this client expects."""
+    try:
+        return read()
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise Internal(f"the service's answer is not understood: {error!r}") from error
+
+
+def _category(status: int, text: bytes, headers: Mapping[str, str]) -> ExecgateError:
+    """Return a failure as its category, in the service's words."""
+    try:
+        message = str(json.loads(text)["message"])
+    except (KeyError, TypeError, ValueError):
+        message = text.decode(errors="replace").strip() or f"the service answered with status {status}"
+    if status == 429:
+        retry_after = headers.get("Retry-After", headers.get("retry-after", ""))
+        return Exhausted(message, retry_after=int(retry_after) if retry_after.isdecimal() else 1)
+    return _CATEGORIES.get(status, InvalidArgument)(message)
+
+
+def _parse_head(head: bytes) -> tuple[int, dict[str, str]]:
+    """Return the status and the header fields, their names in lower case."""
+    status_line, *lines = head.decode("latin-1").split("\r\n")
+    fields = (line.partition(":") for line in lines if line)
+    return int(status_line.split()[1]), {name.lower(): value.strip() for name, _, value in fields}
+
+
+@contextlib.contextmanager
+def _translated(host: str) -> Iterator[None]:
+    """Turn what the network raises into Unavailable, and what is no HTTP into Internal."""
+    try:
+        yield
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.IncompleteReadError) as error:
+        cause = getattr(error, "os_error", None)
+        raise Unavailable(f"cannot reach the service at {host}: {_reason(cause or error)}") from error
+    except OSError as error:  # TimeoutError is one
+        raise Unavailable(f"cannot reach the service at {host}: {_reason(error)}") from error
+    except (aiohttp.ClientError, asyncio.LimitOverrunError, IndexError, ValueError) as error:
+        raise Internal(f"what answers at {host} does not speak HTTP: {error}") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return "no answer in time" if isinstance(error, TimeoutError) else text
+
+
+def _exec(session_id: str, verb: str) -> str:
+    return f"/exec/{_quoted(session_id)}/{verb}"
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="", errors="replace")
+
+
+def _flag(value: bool) -> str:
+    return "1" if value else "0"
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
