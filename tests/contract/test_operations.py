@@ -16,7 +16,7 @@ from contract.api import NO_SUCH_ID, Api
 from contract.document import ROUTE_HEADERS, Document, Operation
 from execgate.http.front import HEAD_TIMEOUT
 from execgate.http.server import MAX_BODY
-from support.raw_http import RawConnection, Response, encode_request
+from support.raw import Answer, request_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
 
@@ -54,7 +54,7 @@ class Scene:
     def create(self, *args: str) -> str:
         return self.api.create(self.running.id, *(args or ("true",)), AttachStdout=True)
 
-    def start(self, session_id: str, *, upgrade: bool = True, **fields: Any) -> Response:
+    def start(self, session_id: str, *, upgrade: bool = True, **fields: Any) -> Answer:
         with self.api.attach(session_id, upgrade=upgrade, **fields) as stream:
             stream.read_raw()
         return stream.head
@@ -63,7 +63,7 @@ class Scene:
         return corrupt_spec(self.new_container())
 
 
-Provocation = Callable[[Scene], Response]
+Provocation = Callable[[Scene], Answer]
 
 
 def _get(target: str) -> Provocation:
@@ -74,29 +74,29 @@ def _post(target: str, body: object = None) -> Provocation:
     return lambda scene: scene.api.call("POST", target.format(scene=scene, none=NO_SUCH_ID), body)
 
 
-def _start_twice(scene: Scene) -> Response:
+def _start_twice(scene: Scene) -> Answer:
     session_id = scene.create()
     scene.start(session_id)
     return scene.api.start_detached(session_id)
 
 
-def _resize_ended(scene: Scene) -> Response:
+def _resize_ended(scene: Scene) -> Answer:
     session_id = scene.create()
     scene.start(session_id)
     return scene.api.call("POST", f"/exec/{session_id}/resize?h=1&w=1")
 
 
-def _inspect_corrupt(scene: Scene) -> Response:
+def _inspect_corrupt(scene: Scene) -> Answer:
     with scene.corrupt() as container:
         return scene.api.call("GET", f"/containers/{container.id}/json")
 
 
-def _create_in_corrupt(scene: Scene) -> Response:
+def _create_in_corrupt(scene: Scene) -> Answer:
     with scene.corrupt() as container:
         return scene.api.call("POST", f"/containers/{container.id}/exec", {"Cmd": ["true"]})
 
 
-def _start_a_loop(scene: Scene) -> Response:
+def _start_a_loop(scene: Scene) -> Answer:
     loop = scene.running.rootfs / "loop"
     if not loop.is_symlink():
         loop.symlink_to("loop")
@@ -162,9 +162,9 @@ def test_a_version_outside_the_range_is_as_documented(operation: str, api: Api) 
 @pytest.mark.parametrize("status", REFUSALS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_refusal_is_as_documented(operation: str, status: int, api: Api) -> None:
-    with RawConnection(api.socket) as connection:
+    with api.connect() as connection:
         connection.send(_refused(OPERATIONS[operation], status))
-        response = connection.read_response()
+        response = connection.read_answer()
         assert connection.read_to_end() == b"", "a refused connection is closed"
     _check_refusal(OPERATIONS[operation], response, api)
     assert response.status == status
@@ -174,12 +174,12 @@ def test_slow_requests_are_refused_as_documented(api: Api) -> None:
     """Each operation at once, because each waits for the head's whole time."""
     assert HEAD_TIMEOUT <= 10
     with contextlib.ExitStack() as stack:
-        waiting = [(operation, stack.enter_context(RawConnection(api.socket))) for operation in OPERATIONS.values()]
+        waiting = [(operation, stack.enter_context(api.connect())) for operation in OPERATIONS.values()]
         for operation, connection in waiting:
-            request = encode_request(operation.method.upper(), _target(operation))
+            request = request_bytes(operation.method.upper(), _target(operation))
             connection.send(request.removesuffix(b"\r\n"))
         for operation, connection in waiting:
-            response = connection.read_response()
+            response = connection.read_answer()
             assert response.status == 408, operation
             _check_refusal(operation, response, api)
 
@@ -246,11 +246,11 @@ def _target(operation: Operation) -> str:
 
 def _refused(operation: Operation, status: int) -> bytes:
     target = _target(operation) + ("?" + "x" * 9000 if status == 414 else "")
-    request = encode_request(operation.method.upper(), target, headers=REFUSALS[status])
+    request = request_bytes(operation.method.upper(), target, headers=REFUSALS[status])
     return request.replace(b" HTTP/1.1\r\n", b" HTTP/2.0\r\n", 1) if status == 505 else request
 
 
-def _check_refusal(operation: Operation, response: Response, api: Api) -> None:
+def _check_refusal(operation: Operation, response: Answer, api: Api) -> None:
     """The answer to a HEAD has a body here: a client that cannot be understood asked for it."""
     assert not response.headers.keys() & set(ROUTE_HEADERS), response
     assert response.headers["content-type"] == "application/json"
