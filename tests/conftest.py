@@ -19,7 +19,7 @@ from podman import PodmanClient
 
 from support.clients import Curl, DockerCli, PodmanRemote
 from support.errors import HostError
-from support.leaks import assert_no_leaks, footprint
+from support.leaks import SharedContainer, assert_no_leaks, assert_nothing_stays, footprint
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
 from support.service import Service
 
@@ -108,22 +108,44 @@ def runtime_host(request: pytest.FixtureRequest) -> RuntimeHost:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="session")
-def runc_container(runc: RuntimeHost) -> TestContainer:
-    """A running container of runc that every test shares: leave it running."""
-    return runc.run()
-
-
-@pytest.fixture(scope="session")
-def crun_container(crun: RuntimeHost) -> TestContainer:
-    """A running container of crun that every test shares: leave it running."""
-    return crun.run()
-
-
 @pytest.fixture(scope="session", params=RUNTIMES)
 def container(request: pytest.FixtureRequest) -> TestContainer:
     """The shared container of each runtime in turn."""
     return request.getfixturevalue(f"{request.param}_container")  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def shared_containers() -> list[SharedContainer]:
+    """The containers below that run so far."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def runc_container(runc: RuntimeHost, shared_containers: list[SharedContainer]) -> TestContainer:
+    """A running container of runc that every test shares: leave it running, and nothing of yours in it."""
+    container = runc.run()
+    shared_containers.append(SharedContainer(container))
+    return container
+
+
+@pytest.fixture(scope="session")
+def crun_container(crun: RuntimeHost, shared_containers: list[SharedContainer]) -> TestContainer:
+    """A running container of crun that every test shares: leave it running, and nothing of yours in it."""
+    container = crun.run()
+    shared_containers.append(SharedContainer(container))
+    return container
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(shared_containers: list[SharedContainer]) -> Iterator[None]:
+    """Fail the test that leaves a process or a terminal in a container that others use after it.
+
+    Being in use everywhere it is torn down last: what a test's own services end has ended by then.
+    """
+    before = [(container, container.look()) for container in shared_containers]
+    yield
+    for container, then in before:
+        assert_nothing_stays(container, then)
 
 
 @pytest.fixture
@@ -171,9 +193,11 @@ def new_service(host_dir: Path, hosts: list[RuntimeHost], event_loop_name: str) 
         return started[-1]
 
     yield start
-    for one in started:
+    for one in reversed(started):
         if one.process.poll() is None:
             one.stop()
+        else:
+            one.kill()  # what this process has open for it
 
 
 _SERIAL = itertools.count(1)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from support.api import RawApi
 from support.leaks import assert_no_leaks, footprint, resident_bytes
-from support.raw import RawApi
 from support.runtimes import TestContainer
 from support.service import Service
 
@@ -25,13 +25,13 @@ def unharmed_service(service: Service, bystander: TestContainer, **fields: Any) 
     no more descriptors, processes or directories than before, memory is bounded, and the log shows no traceback.
     """
     api = RawApi(service.socket)
-    assert api.request("GET", "/_ping").status == 200
+    assert api.call("GET", "/_ping").status == 200
     before, memory, logged = footprint(service), resident_bytes(service), len(service.log())
-    with api.attached(bystander.id, "cat", stdin=True, **fields) as control:
+    with api.open(bystander.id, "cat", stdin=True, **fields) as control:
         assert control.echo(b"before\n") == b"before\n"
         yield
         assert control.echo(b"after\n") == b"after\n"
-        control.connection.half_close()
+        control.half_close()
         assert control.finish() == (b"", b"")
         assert control.exit_code() == 0
     assert_no_leaks(service, before)

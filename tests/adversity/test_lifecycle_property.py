@@ -18,10 +18,10 @@ from execgate.engine import DATABASE
 from execgate.model.session import TRANSITIONS, SessionState
 from execgate.runtime.tree import SessionCgroups
 from execgate.sessions.store import read_sessions
+from support.async_raw import RawClient, RawStream, answer_on, request_bytes, start_request
 from support.leaks import assert_no_leaks, footprint
 from support.runtimes import TestContainer
 from support.service import Service
-from support.streams import RawClient, RawStream, answer_on, request_bytes, start_request
 
 CLIENTS = 4
 SOON = 30.0
@@ -278,7 +278,9 @@ def assert_nothing_is_left(service: Service, container: TestContainer, ids: set[
     deadline = time.monotonic() + SOON
     while True:
         left = {
-            "processes": [argv for argv in container.processes() if argv[-1] == "9998" or argv[0] in ("cat", "seq")],
+            "processes": [
+                argv for argv in container.processes().values() if argv[-1] == "9998" or argv[0] in ("cat", "seq")
+            ],
             "directories": [path for where in ("sessions", "captures") for path in (service.state_dir / where).glob("*")
                             if path.name in names],
             "cgroups": names & set(cgroups._names()),

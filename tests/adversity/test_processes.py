@@ -8,7 +8,6 @@ import hashlib
 import os
 import select
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from support.api import OUTPUT, RawApi, Stream, meanwhile, start_bytes
 from support.faults import faulty_runtime
 from support.leaks import monitors
-from support.raw import Attached, RawApi, start_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
 
@@ -61,8 +60,8 @@ def end(pid: int) -> None:
 def test_conmon_killed(api: RawApi, container: TestContainer, only_monitor: Callable[[], int], tty: bool) -> None:
     """The process lives on; without a TTY its streams do too. The kernel tells the code to whoever asks in time."""
     script = "echo up; read line; echo $line; exit 7"
-    with api.attached(container.id, "sh", "-c", script, stdin=True, tty=tty) as session:
-        session.connection.read(4 if tty else 11)
+    with api.open(container.id, "sh", "-c", script, stdin=True, tty=tty) as session:
+        session.connection.read_exactly(4 if tty else 11)
         os.kill(only_monitor(), signal.SIGKILL)
         if tty:
             session.finish()
@@ -72,7 +71,7 @@ def test_conmon_killed(api: RawApi, container: TestContainer, only_monitor: Call
             session.send(b"still there\n")
             assert session.finish() == (b"still there\n", b"")
             expected = {7, UNKNOWN}
-        inspected = api.inspect(session.exec_id)
+        inspected = api.inspect(session.id)
     assert not inspected["Running"]
     assert inspected["ExitCode"] in expected, inspected
     assert (inspected["ExitCode"] == UNKNOWN) == (inspected["ExitCodeSource"] == "unknown"), inspected
@@ -82,8 +81,8 @@ def test_conmon_killed(api: RawApi, container: TestContainer, only_monitor: Call
 def test_conmon_stopped_for_a_while(
     api: RawApi, container: TestContainer, only_monitor: Callable[[], int], tty: bool
 ) -> None:
-    with api.attached(container.id, "sh", "-c", "echo up; read a; seq 100000; exit 9", stdin=True, tty=tty) as session:
-        session.connection.read(4 if tty else 11)
+    with api.open(container.id, "sh", "-c", "echo up; read a; seq 100000; exit 9", stdin=True, tty=tty) as session:
+        session.connection.read_exactly(4 if tty else 11)
         monitor = only_monitor()
         os.kill(monitor, signal.SIGSTOP)
         try:
@@ -92,14 +91,14 @@ def test_conmon_stopped_for_a_while(
             received = _receive_for(session, 2.0)
         finally:
             os.kill(monitor, signal.SIGCONT)
-        session.connection.rest = received
+        session.connection.unread(received)
         stdout, _ = session.finish()
         assert session.exit_code() == 9
     lines = stdout.replace(b"\r\n", b"\n").removeprefix(b"go\n").splitlines()
     assert lines == [b"%d" % number for number in range(1, 100001)]
 
 
-def _receive_for(session: Attached, seconds: float) -> bytes:
+def _receive_for(session: Stream, seconds: float) -> bytes:
     data, deadline = b"", time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         if select.select([session.connection.socket], [], [], left)[0]:
@@ -111,8 +110,8 @@ def _receive_for(session: Attached, seconds: float) -> bytes:
 
 def test_conmon_terminated(api: RawApi, container: TestContainer, only_monitor: Callable[[], int]) -> None:
     """It forwards the signal, so a stop of the whole cgroup ends the sessions too."""
-    with api.attached(container.id, "sh", "-c", "echo up; sleep 1000", stdin=True) as session:
-        session.connection.read(11)
+    with api.open(container.id, "sh", "-c", "echo up; sleep 1000", stdin=True) as session:
+        session.connection.read_exactly(11)
         os.kill(only_monitor(), signal.SIGTERM)
         # Only the shell gets the signal; its child holds the output until the bounded drain ends.
         session.finish()
@@ -142,12 +141,12 @@ def faulty_api(
 def _starts_in_vain(api: RawApi, container: TestContainer, *, tty: bool = False) -> tuple[str, int, float]:
     """Start attached and detached, see both fail alike; return message, exit code and seconds."""
     begun = time.monotonic()
-    with api.attached(container.id, "true", stdin=True, tty=tty) as session:
+    with api.open(container.id, "true", stdin=True, tty=tty) as session:
         assert session.status == 101
         told, _ = session.finish()
         code = session.exit_code()
     took = time.monotonic() - begun
-    exec_id = api.create(container.id, "true", Tty=tty)
+    exec_id = api.create(container.id, "true", Tty=tty, **OUTPUT)
     answer = api.start_detached(exec_id)
     assert answer.status in (400, 500), answer
     assert answer.message
@@ -212,10 +211,10 @@ def test_runtime_claims_success_and_did_nothing(faulty_api: RawApi, runc_contain
 
 @pytest.mark.parametrize("faulty_api", ["sleep 1000"], indirect=True, ids=["hangs"])
 def test_client_leaves_while_the_runtime_hangs(faulty_api: RawApi, runc_container: TestContainer) -> None:
-    exec_id = faulty_api.create(runc_container.id, "true", AttachStdin=True)
+    exec_id = faulty_api.create_attached(runc_container.id, "true")
     with faulty_api.connect() as connection:
         connection.send(start_bytes(exec_id) + b"x" * 1000)
-        assert connection.head()[0] == 101
+        assert connection.read_head().status == 101
     inspected = faulty_api.wait_stopped(exec_id)
     assert inspected["ExitCode"] == 128
 
@@ -236,10 +235,10 @@ def test_conmon_is_no_conmon(new_service: Callable[..., Service], runc_container
     _, code, took = _starts_in_vain(api, runc_container)
     assert code == 128
     assert took < PROMPT
-    exec_id = api.create(runc_container.id, "true", Tty=True)
+    exec_id = api.create(runc_container.id, "true", Tty=True, **OUTPUT)
     with api.connect() as connection:
-        connection.send(start_bytes(exec_id, tty=True))
-        assert connection.answer().status == 503
+        connection.send(start_bytes(exec_id, Tty=True))
+        assert connection.read_answer().status == 503
     assert api.inspect(exec_id)["ExitCode"] == 128
 
 
@@ -249,12 +248,12 @@ def test_conmon_is_no_conmon(new_service: Callable[..., Service], runc_container
 @pytest.mark.parametrize("tty", [False, True], ids=["pipes", "tty"])
 def test_container_killed(api: RawApi, unharmed: None, new_container: Callable[..., TestContainer], tty: bool) -> None:
     victim = new_container()
-    with api.attached(victim.id, "sh", "-c", "seq 20000; echo end; sleep 1000", tty=tty) as session:
+    with api.open(victim.id, "sh", "-c", "seq 20000; echo end; sleep 1000", tty=tty) as session:
         received = b""
         while b"end" not in received[-20:]:
-            received += session.connection.socket.recv(1 << 16)
+            received += session.connection.read()
         victim.kill()
-        session.connection.rest = received
+        session.connection.unread(received)
         stdout, _ = session.finish()
         assert session.exit_code() == 137
     assert stdout.split()[:20000] == [b"%d" % number for number in range(1, 20001)]
@@ -262,20 +261,20 @@ def test_container_killed(api: RawApi, unharmed: None, new_container: Callable[.
 
 def test_container_recreated_under_the_same_name(api: RawApi, unharmed: None, runtime_host: RuntimeHost) -> None:
     first = runtime_host.run()
-    exec_id = api.create(first.id, "true")
+    exec_id = api.create(first.id, "true", **OUTPUT)
     first.delete()
     first.bundle.rename(first.bundle.with_suffix(".old"))
     second = runtime_host.run(first.id)
     try:
-        assert api.request("GET", f"/containers/{second.id}/json").json()["State"]["Running"]
+        assert api.call("GET", f"/containers/{second.id}/json").json["State"]["Running"]
         answer = api.start_detached(exec_id)
         assert answer.status == 409, answer
         assert second.id in answer.message
         with api.connect() as connection:
             connection.send(start_bytes(exec_id))
-            assert connection.answer().status == 409
-        assert ["true"] not in second.processes()
-        assert api.request("POST", f"/exec/{exec_id}/resize?h=1&w=1").status == 409
+            assert connection.read_answer().status == 409
+        assert ["true"] not in second.processes().values()
+        assert api.call("POST", f"/exec/{exec_id}/resize?h=1&w=1").status == 409
     finally:
         second.delete()
     assert api.start_detached(exec_id).status == 404
@@ -285,7 +284,7 @@ def test_container_stopped_between_create_and_start(
     api: RawApi, unharmed: None, new_container: Callable[..., TestContainer]
 ) -> None:
     victim = new_container()
-    exec_id = api.create(victim.id, "true")
+    exec_id = api.create(victim.id, "true", **OUTPUT)
     victim.kill()
     deadline = time.monotonic() + PROMPT
     while victim.state()["status"] != "stopped":
@@ -300,7 +299,7 @@ def test_container_paused_between_create_and_start(
     api: RawApi, unharmed: None, new_container: Callable[..., TestContainer]
 ) -> None:
     victim = new_container()
-    exec_id = api.create(victim.id, "true")
+    exec_id = api.create(victim.id, "true", **OUTPUT)
     victim.pause()
     try:
         begun = time.monotonic()
@@ -309,7 +308,7 @@ def test_container_paused_between_create_and_start(
         assert "is paused" in answer.message
         with api.connect() as connection:
             connection.send(start_bytes(exec_id))
-            assert connection.answer().status == 409
+            assert connection.read_answer().status == 409
         assert time.monotonic() - begun < PROMPT
     finally:
         victim.resume()
@@ -320,11 +319,23 @@ def test_container_paused_between_create_and_start(
 # -- the process
 
 
+@pytest.fixture
+def ends_what_stays(container: TestContainer) -> Iterator[None]:
+    """End what a test leaves running in the container on purpose."""
+    before = container.processes().keys()
+    yield
+    for pid in container.processes().keys() - before:
+        with suppress(ProcessLookupError):
+            end(pid)
+
+
 @pytest.mark.parametrize("tty", [False, True], ids=["pipes", "tty"])
-def test_grandchild_holds_the_output(api: RawApi, container: TestContainer, unharmed: None, tty: bool) -> None:
+def test_grandchild_holds_the_output(
+    api: RawApi, container: TestContainer, ends_what_stays: None, unharmed: None, tty: bool
+) -> None:
     begun = time.monotonic()
     script = "trap '' HUP; (sleep 30; echo late) & echo early; exit 5"
-    with api.attached(container.id, "sh", "-c", script, tty=tty) as session:
+    with api.open(container.id, "sh", "-c", script, tty=tty) as session:
         stdout, _ = session.finish()
         assert session.exit_code() == 5
     assert stdout.split() == [b"early"]
@@ -336,16 +347,16 @@ def test_grandchild_floods_the_output(api: RawApi, container: TestContainer, unh
     """The drain is bounded in time even when there is always more."""
     script = "trap '' HUP; timeout 20 yes & exit 5"
     begun = time.monotonic()
-    with api.attached(container.id, "sh", "-c", script, tty=tty) as session:
-        session.connection.until_closed()
+    with api.open(container.id, "sh", "-c", script, tty=tty) as session:
+        session.connection.read_until_closed()
         assert session.exit_code() == 5
     assert time.monotonic() - begun < 2 * PROMPT
 
 
 def test_process_is_killed(api: RawApi, container: TestContainer, unharmed: None) -> None:
-    with api.attached(container.id, "sh", "-c", "echo up; exec sleep 1000") as session:
-        session.connection.read(11)
-        end(host_pid(api, session.exec_id))
+    with api.open(container.id, "sh", "-c", "echo up; exec sleep 1000") as session:
+        session.connection.read_exactly(11)
+        end(host_pid(api, session.id))
         session.finish()
         assert session.exit_code() == 137
 
@@ -353,7 +364,7 @@ def test_process_is_killed(api: RawApi, container: TestContainer, unharmed: None
 def test_process_closes_its_streams_and_works_on(api: RawApi, container: TestContainer, unharmed: None) -> None:
     script = "exec <&- >&- 2>&-; sleep 0.7; exit 3"
     begun = time.monotonic()
-    with api.attached(container.id, "sh", "-c", script, stdin=True) as session:
+    with api.open(container.id, "sh", "-c", script, stdin=True) as session:
         session.send(b"x" * 1000)
         assert session.finish() == (b"", b"")
         assert session.exit_code() == 3
@@ -363,26 +374,22 @@ def test_process_closes_its_streams_and_works_on(api: RawApi, container: TestCon
 def test_one_byte_writes(api: RawApi, runc_container: TestContainer, unharmed: None) -> None:
     """Row 27, both ways: a byte at a time into a process that gives back every one of them."""
     data = os.urandom(1 << 20)
-    with api.attached(runc_container.id, "dd", "bs=1", stdin=True) as session:
-        sender = threading.Thread(target=_send_bytewise, args=(session, data[:65536]))
-        sender.start()
-        stdout, _ = session.finish()
-        sender.join()
+    with api.open(runc_container.id, "dd", "bs=1", stdin=True) as session:
+        with meanwhile(lambda: _send_bytewise(session, data[:65536])):
+            stdout, _ = session.finish()
         assert session.exit_code() == 0
     assert hashlib.sha256(stdout).digest() == hashlib.sha256(data[:65536]).digest()
-    with api.attached(runc_container.id, "cat", stdin=True) as session:
-        sender = threading.Thread(target=_send_bytewise, args=(session, data))
-        sender.start()
-        stdout, _ = session.finish()
-        sender.join()
+    with api.open(runc_container.id, "cat", stdin=True) as session:
+        with meanwhile(lambda: _send_bytewise(session, data)):
+            stdout, _ = session.finish()
         assert session.exit_code() == 0
     assert hashlib.sha256(stdout).digest() == hashlib.sha256(data).digest()
 
 
-def _send_bytewise(session: Attached, data: bytes) -> None:
+def _send_bytewise(session: Stream, data: bytes) -> None:
     for position in range(len(data)):
         session.send(data[position : position + 1])
-    session.connection.half_close()
+    session.half_close()
 
 
 @pytest.mark.parametrize("tty", [False, True], ids=["pipes", "tty"])
@@ -392,32 +399,29 @@ def test_stdin_that_nobody_reads(
     """Row 28: the client is blocked, soon, and stays so; the session can be ended all the same."""
     # A terminal in its usual mode would throw away what is too much for a line.
     script = f"{'stty raw -echo; ' if tty else ''}printf up; exec sleep 1000"
-    with api.attached(container.id, "sh", "-c", script, stdin=True, tty=tty) as session:
-        session.connection.read(2 if tty else 10)
-        session.connection.socket.setblocking(False)
-        block, sent = b"x" * 65536, 0
-        while sent < 100_000_000 and select.select([], [session.connection.socket], [], 0.5)[1]:
-            sent += session.connection.socket.send(block)
+    with api.open(container.id, "sh", "-c", script, stdin=True, tty=tty) as session:
+        session.connection.read_exactly(2 if tty else 10)
+        sent = session.connection.send_until_blocked(b"x" * 100_000_000, patience=0.5)
         assert sent <= 2 << 20, f"{sent} bytes are in flight"
         session.connection.socket.settimeout(6)
         monitor = only_monitor()
-        end(host_pid(api, session.exec_id))
+        end(host_pid(api, session.id))
         try:
-            session.connection.until_closed()
+            session.connection.read_until_closed()
         except TimeoutError:
             os.kill(monitor, signal.SIGKILL)  # or it would stand in every later test's way
-            session.connection.until_closed()
+            session.connection.read_until_closed()
             pytest.fail("the process has ended, and its session has not: conmon hangs in a write to the terminal")
         assert session.exit_code() == 137
 
 
 def test_client_leaves_with_stdin_under_way(api: RawApi, container: TestContainer, unharmed: None) -> None:
     """All that it sent arrives, then the end: the process does not hang for want of one."""
-    exec_id = api.create(container.id, "sh", "-c", "echo up; sleep 0.5; wc -c > /tmp/got", AttachStdin=True)
+    exec_id = api.create_attached(container.id, "sh", "-c", "echo up; sleep 0.5; wc -c > /tmp/got")
     with api.connect() as connection:
         connection.send(start_bytes(exec_id))
-        connection.head()
-        connection.read(11)
+        connection.read_head()
+        connection.read_exactly(11)
         connection.socket.settimeout(0.3)
         try:
             connection.send(b"x" * 4_000_000)
@@ -431,11 +435,11 @@ def test_client_leaves_with_stdin_under_way(api: RawApi, container: TestContaine
 
 def test_client_vanishes_while_output_flows(api: RawApi, container: TestContainer, unharmed: None) -> None:
     """The process goes on as if somebody listened."""
-    exec_id = api.create(container.id, "sh", "-c", "seq 1000000; exit 4")
+    exec_id = api.create(container.id, "sh", "-c", "seq 1000000; exit 4", **OUTPUT)
     with api.connect() as connection:
         connection.send(start_bytes(exec_id))
-        connection.head()
-        connection.read(1000)
+        connection.read_head()
+        connection.read_exactly(1000)
     assert api.wait_stopped(exec_id)["ExitCode"] == 4
 
 
@@ -443,9 +447,9 @@ def test_hundred_starts_and_leaves(api: RawApi, container: TestContainer, unharm
     """A client may leave at any moment of a start: at whichever, the session ends and leaves nothing."""
     exec_ids = []
     for number in range(40):
-        exec_ids.append(api.create(container.id, "cat", AttachStdin=True, Tty=number % 4 == 3))
+        exec_ids.append(api.create_attached(container.id, "cat", Tty=number % 4 == 3))
         with api.connect() as connection:
-            connection.send(start_bytes(exec_ids[-1], tty=number % 4 == 3) + b"x" * number)
+            connection.send(start_bytes(exec_ids[-1], Tty=number % 4 == 3) + b"x" * number)
             if number % 2:
                 connection.socket.settimeout(0.001 * number)
                 with suppress(TimeoutError):
@@ -461,8 +465,8 @@ def test_typing_ahead_of_the_end(api: RawApi, container: TestContainer, unharmed
     """conmon ends with input that nobody read: the last output must not be lost for it."""
     for _ in range(5):
         script = "stty raw -echo; printf up; read -n1 x; seq 3000; echo END"
-        with api.attached(container.id, "sh", "-c", script, stdin=True, tty=True) as session:
-            session.connection.read(2)
+        with api.open(container.id, "sh", "-c", script, stdin=True, tty=True) as session:
+            session.connection.read_exactly(2)
             session.send(b"x" * 8_000)  # more than it reads, less than conmon chokes on: that is another test
             stdout, _ = session.finish()
             assert stdout.rstrip().endswith(b"END"), stdout[-40:]
@@ -472,6 +476,6 @@ def test_typing_ahead_of_the_end(api: RawApi, container: TestContainer, unharmed
 def test_no_descriptor_reaches_the_process(api: RawApi, container: TestContainer, unharmed: None) -> None:
     """Not conmon's, not the service's: an open one of the host's is a way out (CVE-2024-21626)."""
     for tty in (False, True):
-        with api.attached(container.id, "ls", "/proc/self/fd", stdin=True, tty=tty) as session:
+        with api.open(container.id, "ls", "/proc/self/fd", stdin=True, tty=tty) as session:
             stdout, _ = session.finish()
         assert sorted(stdout.split()) == [b"0", b"1", b"2", b"3"], "3 is the directory that ls reads"

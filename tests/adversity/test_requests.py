@@ -10,9 +10,11 @@ from urllib.parse import quote
 
 import pytest
 
-from support.raw import RawApi, request_bytes
+from support.api import OUTPUT, RawApi
+from support.raw import JSON, request_bytes
 from support.runtimes import TestContainer
 from support.service import Service
+from support.tty import tell_size
 
 pytestmark = pytest.mark.usefixtures("unharmed")
 
@@ -71,7 +73,7 @@ BODIES: dict[str, bytes] = {
 @pytest.mark.parametrize("body", list(BODIES.values()), ids=list(BODIES))
 def test_hostile_json(api: RawApi, runc_container: TestContainer, body: bytes) -> None:
     begun = time.monotonic()
-    answer = api.request("POST", f"/containers/{runc_container.id}/exec", body)
+    answer = api.call("POST", f"/containers/{runc_container.id}/exec", body, headers=JSON)
     assert answer.status == 400, answer
     assert len(answer.message) < 4096, "an error must not repeat a megabyte"
     assert time.monotonic() - begun < 5
@@ -79,7 +81,7 @@ def test_hostile_json(api: RawApi, runc_container: TestContainer, body: bytes) -
 
 def test_arguments_over_the_kernels_total(api: RawApi, runc_container: TestContainer) -> None:
     """100,000 short ones fit in a body and not in execve(2)."""
-    answer = api.request("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"] + [""] * 300_000})
+    answer = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"] + [""] * 300_000})
     assert answer.status in (400, 413), answer
     assert answer.message
 
@@ -87,7 +89,7 @@ def test_arguments_over_the_kernels_total(api: RawApi, runc_container: TestConta
 def test_what_go_takes_is_taken(api: RawApi, runc_container: TestContainer) -> None:
     """Any case, null for nothing, unknown fields."""
     body = b'{"cMD": ["true"], "env": null, "Tty": null, "Unknown": {"x": [1]}, "CONSOLESIZE": null}'
-    assert api.request("POST", f"/containers/{runc_container.id}/exec", body).status == 201
+    assert api.call("POST", f"/containers/{runc_container.id}/exec", body, headers=JSON).status == 201
 
 
 # -- row 34: resizing
@@ -100,7 +102,7 @@ def test_what_go_takes_is_taken(api: RawApi, runc_container: TestContainer) -> N
 def test_sizes_that_are_none(api: RawApi, runc_container: TestContainer, name: str, value: str) -> None:
     exec_id = api.create(runc_container.id, "true", Tty=True)
     query = "&".join(f"{key}={value if key == name else '10'}" for key in ("h", "w"))
-    answer = api.request("POST", f"/exec/{exec_id}/resize?{quote(query, safe='=&+')}")
+    answer = api.call("POST", f"/exec/{exec_id}/resize?{quote(query, safe='=&+')}")
     assert answer.status == 400, answer
     assert "invalid resize" in answer.message
 
@@ -108,42 +110,38 @@ def test_sizes_that_are_none(api: RawApi, runc_container: TestContainer, name: s
 @pytest.mark.parametrize("query", ["", "?h=1", "?w=1", "?h&w"])
 def test_a_size_needs_both(api: RawApi, runc_container: TestContainer, query: str) -> None:
     exec_id = api.create(runc_container.id, "true", Tty=True)
-    assert api.request("POST", f"/exec/{exec_id}/resize{query}").status == 400
+    assert api.call("POST", f"/exec/{exec_id}/resize{query}").status == 400
 
 
 def test_resize_storm(api: RawApi, container: TestContainer) -> None:
     """The terminal ends up with the last size, the process is not drowned in signals, and nothing queues up."""
     script = "stty -echo; printf up; while read line; do stty size; done"
-    with api.attached(container.id, "sh", "-c", script, stdin=True, tty=True) as session:
-        session.connection.read(2)
+    with api.open(container.id, "sh", "-c", script, stdin=True, tty=True) as session:
+        session.connection.read_exactly(2)
         with api.connect() as connection:
             for block in range(20):
                 sizes = [(block * 50 + number + 1, 80) for number in range(50)]
-                paths = (f"/exec/{session.exec_id}/resize?h={height}&w={width}" for height, width in sizes)
+                paths = (f"/exec/{session.id}/resize?h={height}&w={width}" for height, width in sizes)
                 connection.send(b"".join(request_bytes("POST", path) for path in paths))
-                assert [connection.answer().status for _ in sizes] == [200] * 50
+                assert [connection.read_answer().status for _ in sizes] == [200] * 50
         deadline = time.monotonic() + 5
         seen = b""
         while b"1000 80" not in seen:  # conmon applies it in its own time
             assert time.monotonic() < deadline, seen[-200:]
             session.send(b"\n")
-            seen += session.connection.socket.recv(4096)
+            seen += session.connection.read()
         session.send(b"\x04")
         session.finish()
         assert session.exit_code() == 0
 
 
 def test_sizes_before_the_start(api: RawApi, container: TestContainer) -> None:
-    # crun sets the size a moment after the process has begun: one in ten looks too early (measured).
-    script = "until stty size >/dev/null 2>&1; do sleep 0.01; done; stty size"
-    exec_id = api.create(container.id, "sh", "-c", script, Tty=True)
+    exec_id = api.create(container.id, *tell_size(container), Tty=True, **OUTPUT)
     for height in range(1, 300):
-        assert api.request("POST", f"/exec/{exec_id}/resize?h={height}&w=7").status == 200
-    with api.connect() as connection:
-        connection.send(request_bytes("POST", f"/exec/{exec_id}/start", {"Tty": True}, Upgrade="tcp"))
-        connection.head()
-        assert connection.until_closed() == b"299 7\r\n"
-    assert api.request("POST", f"/exec/{exec_id}/resize?h=1&w=1").status == 409
+        assert api.call("POST", f"/exec/{exec_id}/resize?h={height}&w=7").status == 200
+    with api.attach(exec_id, Tty=True) as session:
+        assert session.read_raw() == b"299 7\r\n"
+    assert api.call("POST", f"/exec/{exec_id}/resize?h=1&w=1").status == 409
 
 
 # -- row 35: ids
@@ -168,7 +166,7 @@ def test_hostile_ids(api: RawApi, name: str) -> None:
     ]
     for method, path in requests:
         body = {"Cmd": ["true"]} if method == "POST" else None
-        answer = api.request(method, path, body)
+        answer = api.call(method, path, body)
         assert answer.status == 404, (method, path, answer)
         assert len(answer.message) < 4096
 
@@ -178,7 +176,7 @@ def test_hostile_ids(api: RawApi, name: str) -> None:
 )
 def test_ids_are_exact(api: RawApi, runc_container: TestContainer, change: Callable[[str], str]) -> None:
     exec_id = "a" + api.create(runc_container.id, "true")[1:]
-    assert api.request("GET", f"/exec/{change(exec_id).replace(' ', '%20')}/json").status == 404
+    assert api.call("GET", f"/exec/{change(exec_id).replace(' ', '%20')}/json").status == 404
 
 
 @pytest.mark.parametrize(
@@ -210,7 +208,7 @@ def test_ids_are_exact(api: RawApi, runc_container: TestContainer, change: Calla
     ],
 )
 def test_paths_and_queries(api: RawApi, path: str, status: int) -> None:
-    answer = api.request("GET", path.replace('"', "%22").replace("{", "%7B").replace("}", "%7D"))
+    answer = api.call("GET", path.replace('"', "%22").replace("{", "%7B").replace("}", "%7D"))
     assert answer.status == status, answer
     assert status == 200 or answer.message
 
@@ -219,7 +217,7 @@ def test_paths_and_queries(api: RawApi, path: str, status: int) -> None:
     "ps_args", ["-o%20pid,environ", "--help", "-ef;id", "$(id)", "%0a-ef", "-eo%20pid,args%00", "a" * 5000]
 )
 def test_top_takes_no_commands(api: RawApi, runc_container: TestContainer, ps_args: str) -> None:
-    answer = api.request("GET", f"/containers/{runc_container.id}/top?ps_args={ps_args}")
+    answer = api.call("GET", f"/containers/{runc_container.id}/top?ps_args={ps_args}")
     assert answer.status in (200, 400), answer
     assert b"uid=" not in answer.body
 
@@ -233,7 +231,7 @@ def test_a_log_line_cannot_be_forged(new_service: Callable[..., Service]) -> Non
         "/exec/%0d%0aFORGED/json",
         "/containers/x%1b[31m%e2%80%a8%c2%85FORGED/json",
     ):
-        assert api.request("GET", path).status == 404
+        assert api.call("GET", path).status == 404
     assert not [line for line in service.log().splitlines() if line.startswith("FORGED")], service.log()
     assert "\x1b" not in service.log()
 
@@ -332,17 +330,17 @@ def test_hostile_account_files(
     plant(path, host_secret)
     user = "evil" if path.name == "passwd" else "0:evil"
     begun = time.monotonic()
-    answer = api.request("POST", f"/containers/{container.id}/exec", {"Cmd": ["id"], "User": user})
+    answer = api.call("POST", f"/containers/{container.id}/exec", {"Cmd": ["id"], "User": user})
     assert answer.status == 400, answer
     assert "evil" in answer.message
     # What the runtime makes of the file at the start is its own affair (runc's hangs in a FIFO); ours is done.
-    assert api.request("POST", f"/containers/{container.id}/exec", {"Cmd": ["id"], "User": "1234:1234"}).status == 201
+    assert api.call("POST", f"/containers/{container.id}/exec", {"Cmd": ["id"], "User": "1234:1234"}).status == 201
     assert time.monotonic() - begun < 5
 
 
 def test_many_creates_at_once(api: RawApi, container: TestContainer) -> None:
     """Two dozen clients, each of whom wants to start the same session: one of them does."""
-    exec_id = api.create(container.id, "sh", "-c", "echo once >> /tmp/once", attach=False)
+    exec_id = api.create(container.id, "sh", "-c", "echo once >> /tmp/once")
     (container.rootfs / "tmp/once").unlink(missing_ok=True)
     statuses: list[int] = []
     barrier = threading.Barrier(24)

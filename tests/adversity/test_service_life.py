@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from support.api import OUTPUT, RawApi, start_bytes
 from support.errors import HostError
 from support.faults import faulty_runtime
 from support.notify import NotifySocket
-from support.raw import RawApi, start_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service, execgate_program, write_config
 
@@ -30,26 +30,26 @@ def test_stops_within_seconds_and_the_processes_live_on(
     api = RawApi(service.socket)
     (container.rootfs / "tmp/end").unlink(missing_ok=True)
     script = "while [ ! -e /tmp/end ]; do sleep 0.05; done; exit 6"
-    detached = api.create(container.id, "sh", "-c", script, attach=False)
+    detached = api.create(container.id, "sh", "-c", script)
     assert api.start_detached(detached).status == 200
     with (
-        api.attached(container.id, "sh", "-c", script, stdin=True) as attached,
-        api.attached(container.id, "sh", "-c", f"trap '' HUP; {script}", stdin=True, tty=True) as terminal,
+        api.open(container.id, "sh", "-c", script, stdin=True) as attached,
+        api.open(container.id, "sh", "-c", f"trap '' HUP; {script}", stdin=True, tty=True) as terminal,
         api.connect() as events,
         api.connect() as idle,
         api.connect() as half,
     ):
         events.send(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert events.head()[0] == 200
+        assert events.read_head().status == 200
         assert idle.request("GET", "/_ping").status == 200
         half.send(b"POST /containers/x/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
-        running = [detached, attached.exec_id, terminal.exec_id]
+        running = [detached, attached.id, terminal.id]
         pids = [api.inspect(one)["Pid"] for one in running]
         begun = time.monotonic()
         service.stop()
         assert time.monotonic() - begun < 5
         for connection in (attached.connection, terminal.connection, events, idle, half):
-            connection.until_closed()
+            connection.read_until_closed()
     for pid in pids:
         os.kill(pid, 0)
     second = new_service(service.directory)
@@ -66,9 +66,9 @@ def test_killed_and_back(new_service: NewService, container: TestContainer) -> N
     """SIGKILL instead of SIGTERM; one session ends while no service is there."""
     service = new_service()
     api = RawApi(service.socket)
-    early = api.create(container.id, "sh", "-c", "sleep 0.3; exit 11", attach=False)
-    late = api.create(container.id, "sh", "-c", "sleep 1.5; exit 12", attach=False)
-    never = api.create(container.id, "true")
+    early = api.create(container.id, "sh", "-c", "sleep 0.3; exit 11")
+    late = api.create(container.id, "sh", "-c", "sleep 1.5; exit 12")
+    never = api.create(container.id, "true", **OUTPUT)
     for one in (early, late):
         assert api.start_detached(one).status == 200
     pid = api.inspect(early)["Pid"]
@@ -113,14 +113,14 @@ def test_a_stale_socket_is_replaced(new_service: NewService, host_dir: Path) -> 
     first.kill()
     assert first.socket.is_socket()
     second = new_service(first.directory)
-    assert RawApi(second.socket).request("GET", "/_ping").status == 200
+    assert RawApi(second.socket).call("GET", "/_ping").status == 200
 
 
 def test_a_live_socket_is_respected(new_service: NewService, host_dir: Path) -> None:
     first = new_service()
     with pytest.raises(HostError, match=r"served by another process|in use"):
         new_service(flags=[f"--listen=unix://{first.socket}"])
-    assert RawApi(first.socket).request("GET", "/_ping").status == 200
+    assert RawApi(first.socket).call("GET", "/_ping").status == 200
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])
@@ -171,7 +171,7 @@ def test_a_broken_database_is_no_end(new_service: NewService, host_dir: Path, da
         old.unlink()
     (first.state_dir / "sessions.db").write_bytes(database)
     second = new_service(first.directory)
-    assert RawApi(second.socket).request("GET", "/_ping").status == 200
+    assert RawApi(second.socket).call("GET", "/_ping").status == 200
 
 
 # -- systemd
@@ -223,9 +223,9 @@ def test_socket_activation(
         process, notify = _activated(directory, hosts, listener.fileno(), event_loop=event_loop_name)
         try:
             notify.wait_for("READY=1", process, timeout=15)
-            assert early.answer().body == b"OK"
+            assert early.read_answer().body == b"OK"
             assert not (directory / "execgate.sock").exists(), "it listens where it was not told to"
-            with api.attached(runc_container.id, "sh", "-c", "env; ls -l /proc/self/fd") as session:
+            with api.open(runc_container.id, "sh", "-c", "env; ls -l /proc/self/fd") as session:
                 stdout, _ = session.finish()
             assert b"LISTEN_" not in stdout
             assert b"NOTIFY_SOCKET" not in stdout
@@ -243,7 +243,7 @@ def test_socket_activation(
         second, notify = _activated(directory, hosts, listener.fileno(), event_loop=event_loop_name)
         try:
             notify.wait_for("READY=1", second, timeout=15)
-            assert api.request("GET", "/_ping").body == b"OK"
+            assert api.call("GET", "/_ping").body == b"OK"
         finally:
             second.kill()
             second.wait()
@@ -278,17 +278,17 @@ def test_stop_while_a_start_is_under_way(
     slow = faulty_runtime(runc, host_dir / "slow", "runc", 'sleep 1; exec "$REAL" "$@"')
     service = new_service(flags=[f"--runtime=runc={slow.program}"])
     api = RawApi(service.socket)
-    exec_id = api.create(runc_container.id, "sh", "-c", "sleep 1; exit 8", attach=False)
-    attached_id = api.create(runc_container.id, "sh", "-c", "sleep 1; exit 8", AttachStdin=True)
+    exec_id = api.create(runc_container.id, "sh", "-c", "sleep 1; exit 8")
+    attached_id = api.create_attached(runc_container.id, "sh", "-c", "sleep 1; exit 8")
     with api.connect() as detached, api.connect() as attached:
-        detached.send(start_bytes(exec_id, detach=True))
+        detached.send(start_bytes(exec_id, Detach=True))
         attached.send(start_bytes(attached_id))
-        assert attached.head()[0] == 101
+        assert attached.read_head().status == 101
         begun = time.monotonic()
         service.stop()
         assert time.monotonic() - begun < 5
-        attached.until_closed()
-        detached.until_closed()
+        attached.read_until_closed()
+        detached.read_until_closed()
     second = new_service(service.directory, flags=[f"--runtime=runc={slow.program}"])
     api = RawApi(second.socket)
     for one in (exec_id, attached_id):
@@ -296,7 +296,8 @@ def test_stop_while_a_start_is_under_way(
         inspected = api.wait_stopped(one)
         assert inspected["ExitCode"] in (8, 128, 255), inspected
     deadline = time.monotonic() + 5
-    while ["sleep", "1"] in runc_container.processes() or ["sh", "-c", "sleep 1; exit 8"] in runc_container.processes():
+    left = (["sleep", "1"], ["sh", "-c", "sleep 1; exit 8"])
+    while any(argv in left for argv in runc_container.processes().values()):
         assert api.inspect(exec_id)["Running"] or api.inspect(attached_id)["Running"], (
             "a process runs that nobody knows of"
         )

@@ -2,11 +2,11 @@
 
 import pytest
 
+from support.api import RawApi
 from support.service import Service
-from support.streams import RawClient
 
 
 @pytest.fixture
-def raw(service: Service) -> RawClient:
+def raw(service: Service) -> RawApi:
     """A client that sends exactly the bytes it is told to."""
-    return RawClient(service.socket)
+    return RawApi(service.socket)

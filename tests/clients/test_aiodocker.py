@@ -1,13 +1,10 @@
 """aiodocker: its exec streams, and what it asks around them."""
 
 import asyncio
-import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import urlencode
 
 import aiodocker
 import pytest
@@ -16,8 +13,9 @@ from aiodocker.exceptions import DockerError
 from aiodocker.execs import Exec
 from aiodocker.stream import Stream
 
+from support.api import RawApi
 from support.runtimes import TestContainer
-from support.streams import RawClient
+from support.tty import tell_size_in_shell
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -79,18 +77,18 @@ async def test_a_dialogue(k: DockerContainer) -> None:
     assert (await execution.inspect())["ExitCode"] == 0
 
 
-async def test_leaving_ends_the_input(k: DockerContainer, raw: RawClient) -> None:
+async def test_leaving_ends_the_input(k: DockerContainer, raw: RawApi) -> None:
     """aiodocker's `close` hangs up; the process gets its end of file and lives to its own end."""
     execution = await k.exec(["sh", "-c", "cat; exit 6"], stdin=True)
     async with execution.start(detach=False) as stream:
         await stream.write_in(b"x\n")
         assert await stream.read_out() == (1, b"x\n")
-    async with asyncio.timeout(TIMEOUT):
-        assert await raw.ended(execution.id) == 6
+    assert await asyncio.to_thread(raw.ended, execution.id) == 6
 
 
-async def test_a_tty(k: DockerContainer) -> None:
-    execution = await k.exec(["sh", "-c", "read line; stty size; echo $line; exit 5"], stdin=True, tty=True)
+async def test_a_tty(k: DockerContainer, container: TestContainer) -> None:
+    script = f"read line; {tell_size_in_shell(container)}; echo $line; exit 5"
+    execution = await k.exec(["sh", "-c", script], stdin=True, tty=True)
     await execution.resize(h=30, w=90)
     async with asyncio.timeout(TIMEOUT), execution.start(detach=False) as stream:
         await stream.write_in(b"typed\r")
@@ -110,7 +108,7 @@ async def test_a_tty_is_resized_while_it_runs(k: DockerContainer) -> None:
 
 
 @pytest.mark.parametrize(("keys", "typed"), [(None, b"\x10\x11"), ("ctrl-a,x", b"\x01x")])
-async def test_detach_keys(k: DockerContainer, raw: RawClient, keys: str | None, typed: bytes) -> None:
+async def test_detach_keys(k: DockerContainer, raw: RawApi, keys: str | None, typed: bytes) -> None:
     execution = await k.exec(["sh", "-c", "read line; exit 8"], stdin=True, tty=True, detach_keys=keys)
     async with asyncio.timeout(TIMEOUT), execution.start(detach=False) as stream:
         await stream.write_in(typed)
@@ -118,18 +116,16 @@ async def test_detach_keys(k: DockerContainer, raw: RawClient, keys: str | None,
     found = await execution.inspect()
     assert (found["Running"], found["ExitCode"]) == (True, None)
     os.kill(found["Pid"], signal.SIGKILL)
-    async with asyncio.timeout(TIMEOUT):
-        assert await raw.ended(execution.id) == 137
-        actions = [event["Action"] async for event in past_events(raw) if exec_id(event) == execution.id]
+    assert await asyncio.to_thread(raw.ended, execution.id) == 137
+    actions = [event["Action"] for event in past_events(raw) if exec_id(event) == execution.id]
     command = "sh -c read line; exit 8"
     assert actions == [f"exec_create: {command}", f"exec_start: {command}", "exec_detach", "exec_die"]
 
 
-async def past_events(raw: RawClient) -> AsyncIterator[dict[str, Any]]:
-    """Yield what has happened so far."""
-    async with raw.events(urlencode({"since": "1", "until": f"{time.time():.9f}"})) as lines:
-        async for line in lines:
-            yield json.loads(line)
+def past_events(raw: RawApi) -> list[dict[str, Any]]:
+    """Return what has happened so far."""
+    with raw.events(since="1", until=f"{time.time():.9f}") as events:
+        return list(events)
 
 
 def exec_id(event: dict[str, Any]) -> str:
@@ -137,11 +133,10 @@ def exec_id(event: dict[str, Any]) -> str:
     return str(event["Actor"]["Attributes"]["execID"])
 
 
-async def test_detached(k: DockerContainer, raw: RawClient) -> None:
+async def test_detached(k: DockerContainer, raw: RawApi) -> None:
     execution = await k.exec(["sh", "-c", "exit 7"])
     assert await execution.start(detach=True) == b""
-    async with asyncio.timeout(TIMEOUT):
-        assert await raw.ended(execution.id) == 7
+    assert await asyncio.to_thread(raw.ended, execution.id) == 7
     assert not (await execution.inspect())["Running"]
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from execgate.runtime.tree import SessionCgroups
+from support.api import RawApi
+from support.async_raw import Answer, RawClient, RawStream, answer_on, request_bytes
 from support.leaks import assert_no_leaks, footprint
-from support.raw import RawApi
 from support.runtimes import TestContainer
 from support.service import Service
-from support.streams import Answer, RawClient, RawStream, answer_on, request_bytes
 
 SOON = 30.0
 NewService = Callable[..., Service]
@@ -28,12 +28,18 @@ QUICK_TIMEOUTS = {"EXECGATE_TIMEOUT_GRACE_SECONDS": "0"}
 
 
 @pytest.fixture
+def raw(service: Service) -> RawClient:
+    """A client for many at once in one event loop."""
+    return RawClient(service.socket)
+
+
+@pytest.fixture
 def unharmed(service: Service, container: TestContainer) -> Iterator[None]:
     """Fail the test when it leaves anything in the service, or a process in the container."""
-    before, processes = footprint(service), sorted(container.processes())
+    before, processes = footprint(service), sorted(container.processes().values())
     yield
     assert_no_leaks(service, before)
-    until(lambda: sorted(container.processes()) == processes)
+    until(lambda: sorted(container.processes().values()) == processes)
 
 
 def until(reached: Callable[[], bool]) -> None:
@@ -97,7 +103,7 @@ async def logs(raw: RawClient, session_id: str, query: str = "after=0") -> Answe
 
 def counted(container: TestContainer, *argv: str) -> int:
     """Return how many processes of a container have this command line."""
-    return container.processes().count(list(argv))
+    return list(container.processes().values()).count(list(argv))
 
 
 # -- 6: kill
@@ -139,9 +145,9 @@ async def test_fifty_processes_that_hide_are_gone_after_one_kill(raw: RawClient,
     session_id = await detached(raw, container, _FAMILY)
     until(lambda: counted(container, "sleep", "9992") == 50)
     until(lambda: counted(container, "sleep", "9993") == 2)
-    others = [argv for argv in container.processes() if "9992" not in argv[-1]]
+    others = [argv for argv in container.processes().values() if "9992" not in argv[-1]]
     assert (await raw.call("POST", f"/exec/{session_id}/kill?signal=KILL")).status == 204
-    left = container.processes()
+    left = container.processes().values()
     assert ["sleep", "9992"] not in left
     assert Counter(map(tuple, others)) - Counter(map(tuple, left)) <= Counter([("sh", "-c", _FAMILY)])
     assert (await raw.inspect(session_id))["ExitCode"] == 137
@@ -395,6 +401,6 @@ async def test_whoever_hangs_up_on_a_run_ends_it(raw: RawClient, container: Test
 
 def test_a_list_is_json(service: Service) -> None:
     """The list needs nothing but GET."""
-    answer = RawApi(service.socket).request("GET", "/exec/json")
+    answer = RawApi(service.socket).call("GET", "/exec/json")
     assert answer.status == 200
     assert isinstance(json.loads(answer.body), list)

@@ -228,7 +228,7 @@ async def test_a_run_that_is_cancelled_leaves_nothing(engine: Engine, container:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert engine.sessions.list(container.id) == []
-    assert ["sleep", "2150"] not in container.processes()
+    assert ["sleep", "2150"] not in container.processes().values()
 
 
 async def test_a_start_that_is_cancelled_is_a_client_that_left(engine: Engine, container: TestContainer) -> None:

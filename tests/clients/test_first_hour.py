@@ -3,6 +3,7 @@
 `$D` is the docker CLI aimed at the service, `$C` the container, `k` a docker-py container.
 """
 
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 from support.clients import DockerCli
 from support.runtimes import TestContainer
-from support.tty import Terminal
+from support.tty import Terminal, tell_size
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -108,10 +109,9 @@ def test_the_terminal_has_its_size_under_crun_too(docker: DockerCli, crun_contai
     A program that asks within its first millisecond may therefore see 0 0, whoever runs crun; so this one asks until
     the size is there, which is before a person could have typed anything.
     """
-    command = """sh -c 'until [ "$(stty size 2>&1)" = "40 120" ]; do :; done; echo right'"""
-    with sized_exec(docker, crun_container, command) as terminal:
+    with sized_exec(docker, crun_container, shlex.join(tell_size(crun_container))) as terminal:
         assert terminal.wait() == 0
-        assert terminal.shown == "right\r\n"
+        assert terminal.shown == "40 120\r\n"
 
 
 def sized_exec(docker: DockerCli, container: TestContainer, command: str) -> Terminal:

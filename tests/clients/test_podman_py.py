@@ -79,7 +79,7 @@ def test_tty(k: Any) -> None:
 
 def test_detached(podman_py: PodmanClient, k: Any, container: TestContainer) -> None:
     assert k.exec_run(["sleep", "2147"], detach=True) == (None, b"\n")
-    assert ["sleep", "2147"] in container.processes()
+    assert ["sleep", "2147"] in container.processes().values()
     k.reload()
     (session_id,) = k.attrs["ExecIDs"]
     found = podman_py.api.get(f"/exec/{session_id}/json").json()

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from support.api import RawApi
 from support.clients import PodmanRemote
-from support.raw_http import RawConnection
 from support.runtimes import TestContainer
-from support.service import Service
 from support.tty import Terminal
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -25,14 +24,13 @@ PROMPT = "/ # "
 
 
 @pytest.fixture
-def end_session(podman: PodmanRemote, service: Service, container: TestContainer) -> Callable[..., str]:
+def end_session(podman: PodmanRemote, raw: RawApi, container: TestContainer) -> Callable[..., str]:
     """Kill the one process that runs in a session of the container, which must be `argv`; return the session's id."""
 
     def end(*argv: str) -> str:
         (found,) = json.loads(podman("inspect", container.id).stdout)
         (session_id,) = found["ExecIDs"]
-        with RawConnection(service.socket) as connection:
-            pid = connection.request("GET", f"/v4.3.1/libpod/exec/{session_id}/json").json["Pid"]
+        pid = raw.call("GET", f"/v4.3.1/libpod/exec/{session_id}/json").json["Pid"]
         assert Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1] == list(argv)
         os.kill(pid, signal.SIGKILL)
         return str(session_id)

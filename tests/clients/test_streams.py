@@ -3,27 +3,29 @@
 The data is random and does not repeat within 16 MiB, so that a hash notices what is lost, doubled or moved.
 """
 
-import asyncio
-import contextlib
 import hashlib
 import os
 import random
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from execgate.wire import stdcopy
+from support.api import RawApi, Stream, demultiplex, meanwhile, start_bytes
 from support.leaks import resident_bytes
+from support.raw import TIMEOUT, Connection
 from support.runtimes import TestContainer
 from support.service import Service
-from support.streams import RawClient, RawStream, answer_on, start_request
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 MIB = 1 << 20
-TIMEOUT = 120
+PATIENCE = 2.0
+"""Seconds without progress after which a sender counts as blocked."""
 EVERY_BYTE = bytes(range(256))
 
 
@@ -59,23 +61,14 @@ class Gate:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    async def open(self) -> None:
+    def open(self) -> None:
         """Let go; returns once the process has come to the gate."""
-        await asyncio.to_thread(self._path.write_bytes, b"go\n")
-
-
-@pytest.fixture(autouse=True)
-async def in_time() -> AsyncIterator[None]:
-    """No test of this file takes minutes; one that hangs is cancelled, and its traceback says where it was."""
-    own = asyncio.current_task()
-
-    def cancel_all() -> None:
-        for task in asyncio.all_tasks() - {own}:
-            task.cancel()
-
-    handle = asyncio.get_running_loop().call_later(TIMEOUT, cancel_all)
-    yield
-    handle.cancel()
+        opening = threading.Thread(target=self._path.write_bytes, args=(b"go\n",))
+        opening.start()
+        opening.join(TIMEOUT)
+        if opening.is_alive():
+            os.close(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK))  # or the thread would wait for ever
+            raise AssertionError("nobody comes to the gate")
 
 
 class Hashes:
@@ -85,9 +78,9 @@ class Hashes:
         self._hashes = {stdcopy.STDOUT: hashlib.sha256(), stdcopy.STDERR: hashlib.sha256()}
         self.sizes = {stdcopy.STDOUT: 0, stdcopy.STDERR: 0}
 
-    async def take(self, stream: RawStream) -> None:
+    def take(self, stream: Stream) -> None:
         """Read a stream to its end."""
-        async for number, data in stream.pieces():
+        for number, data in stream.pieces():
             self._hashes[number].update(data)
             self.sizes[number] += len(data)
 
@@ -110,217 +103,172 @@ def process_io(pid: int) -> dict[str, int]:
     return {name: int(count) for name, count in lines}
 
 
-@contextlib.contextmanager
-def closing(stream: RawStream) -> Iterator[RawStream]:
-    """Hang up at the end of a `with`."""
-    try:
-        yield stream
-    finally:
-        stream.close()
-
-
 # -- every byte -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak
-async def test_a_gigabyte_through_all_three_streams_at_once(
-    raw: RawClient, container: TestContainer, data_file: str, block: bytes
+def test_a_gigabyte_through_all_three_streams_at_once(
+    raw: RawApi, container: TestContainer, data_file: str, block: bytes
 ) -> None:
     """1 GiB on each."""
     times = 64
     copies = f"for i in $(seq {times}); do cat {data_file}; done"
     script = f"({copies}) & ({copies}) >&2 & sha256sum >/tmp/stdin.sha256; wait"
-    session_id = await raw.create(container.id, "sh", "-c", script)
+    session_id = raw.create_attached(container.id, "sh", "-c", script)
     hashes = Hashes()
-    with closing(await raw.start(session_id)) as stream:
+    with raw.attach(session_id) as stream:
 
-        async def send() -> None:
+        def send() -> None:
             for _ in range(times):
-                await stream.write(block)
-            stream.end_input()
+                stream.send(block)
+            stream.half_close()
 
-        await asyncio.gather(send(), hashes.take(stream))
-    expected = await asyncio.to_thread(repeated_hash, block, times)
+        with meanwhile(send):
+            hashes.take(stream)
+    expected = repeated_hash(block, times)
     assert hashes.sizes == {1: times * len(block), 2: times * len(block)}
     assert (hashes.of(1), hashes.of(2)) == (expected, expected)
     assert (container.rootfs / "tmp/stdin.sha256").read_text().split()[0] == expected
-    assert (await raw.inspect(session_id))["ExitCode"] == 0
+    assert raw.inspect(session_id)["ExitCode"] == 0
 
 
-async def test_a_million_writes_of_one_byte(
-    raw: RawClient, container: TestContainer, data_file: str, block: bytes
-) -> None:
-    done = await raw.run(container.id, "dd", "bs=1", "count=1000000", f"if={data_file}")
+def test_a_million_writes_of_one_byte(raw: RawApi, container: TestContainer, data_file: str, block: bytes) -> None:
+    done = raw.pipe(container.id, "dd", "bs=1", "count=1000000", f"if={data_file}")
     assert done.stdout == block[:1_000_000]
     assert done.exit_code == 0
 
 
-async def test_a_million_bytes_of_input_one_by_one(raw: RawClient, container: TestContainer, block: bytes) -> None:
-    session_id = await raw.create(container.id, "sha256sum")
-    with closing(await raw.start(session_id)) as stream:
-
-        def send() -> None:
-            with socket.socket(fileno=os.dup(stream.connection.fileno())) as copy:
-                copy.setblocking(True)
-                for position in range(1_000_000):
-                    copy.send(block[position : position + 1])
-
-        await asyncio.to_thread(send)
-        stream.connection.setblocking(False)
-        stream.end_input()
-        stdout, _ = await stream.output()
+def test_a_million_bytes_of_input_one_by_one(raw: RawApi, container: TestContainer, block: bytes) -> None:
+    session_id = raw.create_attached(container.id, "sha256sum")
+    with raw.attach(session_id) as stream:
+        for position in range(1_000_000):
+            stream.send(block[position : position + 1])
+        stream.half_close()
+        stdout, _ = stream.output()
     assert stdout.split()[0].decode() == hashlib.sha256(block[:1_000_000]).hexdigest()
 
 
-async def test_a_reader_of_one_byte_at_a_time(
-    raw: RawClient, container: TestContainer, data_file: str, block: bytes
-) -> None:
-    session_id = await raw.create(container.id, "head", "-c", "30000", data_file)
+def test_a_reader_of_one_byte_at_a_time(raw: RawApi, container: TestContainer, data_file: str, block: bytes) -> None:
+    session_id = raw.create_attached(container.id, "head", "-c", "30000", data_file)
     received = b""
-    with closing(await raw.start(session_id)) as stream:
-        while byte := await stream.read(1):
+    with raw.attach(session_id) as stream:
+        while byte := stream.connection.read(1):
             received += byte
-    demultiplexer = stdcopy.Demultiplexer()
-    assert b"".join(piece for _, piece in demultiplexer.feed(received)) == block[:30000]
-    assert demultiplexer.at_boundary
+    assert demultiplex(received) == (block[:30000], b"")
 
 
-async def test_all_values_of_a_byte_come_back(raw: RawClient, container: TestContainer) -> None:
-    done = await raw.run(container.id, "sh", "-c", "tee /dev/stderr", stdin=EVERY_BYTE * 100)
+def test_all_values_of_a_byte_come_back(raw: RawApi, container: TestContainer) -> None:
+    done = raw.pipe(container.id, "sh", "-c", "tee /dev/stderr", stdin=EVERY_BYTE * 100)
     assert (done.stdout, done.stderr, done.exit_code) == (EVERY_BYTE * 100, EVERY_BYTE * 100, 0)
 
 
-async def test_bytes_of_a_raw_terminal_come_back(raw: RawClient, container: TestContainer) -> None:
+def test_bytes_of_a_raw_terminal_come_back(raw: RawApi, container: TestContainer) -> None:
     """Even those that are detach keys elsewhere: these are set to something that does not occur."""
     data = bytes(reversed(EVERY_BYTE)) * 8
     script = f"stty raw -echo; echo ready; head -c {len(data)}"
-    session_id = await raw.create(container.id, "sh", "-c", script, Tty=True, DetachKeys="a,a,a")
-    with closing(await raw.start(session_id, tty=True)) as stream:
-        before = await stream.output_until(b"ready")
-        await stream.write(data)
-        stdout, _ = await stream.output()
+    session_id = raw.create_attached(container.id, "sh", "-c", script, Tty=True, DetachKeys="a,a,a")
+    with raw.attach(session_id, Tty=True) as stream:
+        before = stream.output_until(b"ready")
+        stream.send(data)
+        stdout, _ = stream.output()
     # Raw is raw both ways: the line of `echo` ends in a bare newline.
     assert (before + stdout).removeprefix(b"ready\n") == data
 
 
-async def test_random_pieces_at_random_sizes(raw: RawClient, container: TestContainer, block: bytes) -> None:
+def test_random_pieces_at_random_sizes(raw: RawApi, container: TestContainer, block: bytes) -> None:
     """A dialogue with `cat`: what goes in comes out, however it was cut."""
     sizes = random.Random(3)
-    session_id = await raw.create(container.id, "cat")
+    session_id = raw.create_attached(container.id, "cat")
     hashes = Hashes()
-    with closing(await raw.start(session_id)) as stream:
+    with raw.attach(session_id) as stream:
 
-        async def send() -> None:
+        def send() -> None:
             position = 0
             while position < len(block):
                 size = sizes.choice((1, 7, 4095, 4096, 4097, 65536, 1_000_003))
-                await stream.write(block[position : position + size])
+                stream.send(block[position : position + size])
                 position += size
-            stream.end_input()
+            stream.half_close()
 
-        await asyncio.gather(send(), hashes.take(stream))
+        with meanwhile(send):
+            hashes.take(stream)
     assert hashes.of(1) == hashlib.sha256(block).hexdigest()
 
 
 # -- bounded memory ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_slow_reader_slows_the_process_and_costs_no_memory(
-    raw: RawClient, service: Service, container: TestContainer, data_file: str, block: bytes
+def test_a_slow_reader_slows_the_process_and_costs_no_memory(
+    raw: RawApi, service: Service, container: TestContainer, data_file: str, block: bytes
 ) -> None:
     """1 KB a second of 112 MiB, and then the rest: it was all there, and none of it in the service."""
     times = 7
-    assert (await raw.run(container.id, "cat", data_file)).stdout == block  # what is grown once stays
+    assert raw.pipe(container.id, "cat", data_file).stdout == block  # what is grown once stays
     before = resident_bytes(service)
     argv = ["sh", "-c", f"exec cat {' '.join([data_file] * times)}"]
-    session_id = await raw.create(container.id, *argv)
+    session_id = raw.create_attached(container.id, *argv)
     received = Hashes()
-    with closing(await raw.start(session_id)) as stream:
+    with raw.attach(session_id) as stream:
         taken = b""
         for _ in range(5):
-            taken += await stream.read(1024)
-            await asyncio.sleep(1)  # this is the slowness, nothing is waited for
-            written = process_io((await raw.inspect(session_id))["Pid"])["wchar"]
+            taken += stream.connection.read(1024)
+            time.sleep(1)  # this is the slowness, nothing is waited for
+            written = process_io(raw.inspect(session_id)["Pid"])["wchar"]
             assert written - len(taken) <= 4 * MIB
             assert resident_bytes(service) - before <= 16 * MIB
-        stream.unread(taken)
-        await received.take(stream)
+        stream.connection.unread(taken)
+        received.take(stream)
     assert received.sizes[1] == times * len(block)
     assert received.of(1) == repeated_hash(block, times)
 
 
-async def test_input_that_nobody_reads_is_held_back(
-    raw: RawClient, service: Service, container: TestContainer, gate: Gate, block: bytes
+def test_input_that_nobody_reads_is_held_back(
+    raw: RawApi, service: Service, container: TestContainer, gate: Gate, block: bytes
 ) -> None:
     """100 MB: at most 2 MiB of it leave the client before the process reads, and all of it arrives in the end."""
     data = (block * 6)[:100_000_000]
     before = resident_bytes(service)
-    session_id = await raw.create(container.id, "sh", "-c", f"{Gate.WAIT}; sha256sum")
-    with closing(await raw.start(session_id)) as stream:
-        accepted = await send_until_blocked(stream.connection, data)
+    session_id = raw.create_attached(container.id, "sh", "-c", f"{Gate.WAIT}; sha256sum")
+    with raw.attach(session_id) as stream:
+        accepted = stream.connection.send_until_blocked(data, patience=PATIENCE)
         assert 64 * 1024 <= accepted <= 2 * MIB
         assert resident_bytes(service) - before <= 16 * MIB
-        await gate.open()
-        await stream.write(data[accepted:])
-        stream.end_input()
-        stdout, _ = await stream.output()
+        gate.open()
+        stream.send(data[accepted:])
+        stream.half_close()
+        stdout, _ = stream.output()
     assert stdout.split()[0].decode() == hashlib.sha256(data).hexdigest()
 
 
-async def send_until_blocked(connection: socket.socket, data: bytes, *, patience: float = 2.0) -> int:
-    """Send until nothing more is accepted for `patience` seconds, and return how many bytes were."""
-    sent = 0
-    while sent < len(data):
-        try:
-            sent += connection.send(data[sent : sent + MIB])
-        except BlockingIOError:
-            if not await becomes_writable(connection, patience):
-                break
-    return sent
-
-
-async def becomes_writable(connection: socket.socket, patience: float) -> bool:
-    """Wait for room in a socket, and return whether there was any within `patience` seconds."""
-    loop = asyncio.get_running_loop()
-    room = asyncio.Event()
-    loop.add_writer(connection.fileno(), room.set)
-    try:
-        async with asyncio.timeout(patience):
-            return await room.wait()
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_writer(connection.fileno())
-
-
-async def test_a_process_that_ends_frees_the_client_that_it_did_not_read(
-    raw: RawClient, container: TestContainer, gate: Gate, block: bytes
+def test_a_process_that_ends_frees_the_client_that_it_did_not_read(
+    raw: RawApi, container: TestContainer, gate: Gate, block: bytes
 ) -> None:
     """The client is told of the end, with the exit code, while it is still stuck in its input."""
-    session_id = await raw.create(container.id, "sh", "-c", f"{Gate.WAIT}; echo enough; exit 3")
-    with closing(await raw.start(session_id)) as stream:
-        await send_until_blocked(stream.connection, block)
-        await gate.open()
-        assert await stream.output() == (b"enough\n", b"")
-    assert (await raw.inspect(session_id))["ExitCode"] == 3
+    session_id = raw.create_attached(container.id, "sh", "-c", f"{Gate.WAIT}; echo enough; exit 3")
+    with raw.attach(session_id) as stream:
+        stream.connection.send_until_blocked(block, patience=PATIENCE)
+        gate.open()
+        assert stream.output() == (b"enough\n", b"")
+    assert raw.inspect(session_id)["ExitCode"] == 3
 
 
-async def test_one_stream_that_is_full_does_not_hold_the_others(
-    raw: RawClient, container: TestContainer, gate: Gate, block: bytes
+def test_one_stream_that_is_full_does_not_hold_the_others(
+    raw: RawApi, container: TestContainer, gate: Gate, block: bytes
 ) -> None:
     """Input is stuck, output flows."""
-    session_id = await raw.create(container.id, "sh", "-c", f"head -c 5000000 /dev/zero; {Gate.WAIT}; exec cat")
-    with closing(await raw.start(session_id)) as stream:
-        accepted = await send_until_blocked(stream.connection, block)
+    session_id = raw.create_attached(container.id, "sh", "-c", f"head -c 5000000 /dev/zero; {Gate.WAIT}; exec cat")
+    with raw.attach(session_id) as stream:
+        accepted = stream.connection.send_until_blocked(block, patience=PATIENCE)
         assert accepted < len(block)
         hashes = Hashes()
 
-        async def rest() -> None:
-            await gate.open()
-            await stream.write(block[accepted:])
-            stream.end_input()
+        def rest() -> None:
+            gate.open()
+            stream.send(block[accepted:])
+            stream.half_close()
 
-        await asyncio.gather(hashes.take(stream), rest())
+        with meanwhile(rest):
+            hashes.take(stream)
     assert hashes.of(1) == hashlib.sha256(bytes(5_000_000) + block).hexdigest()
 
 
@@ -329,174 +277,167 @@ async def test_one_stream_that_is_full_does_not_hold_the_others(
 
 @pytest.mark.parametrize("upgrade", [True, False])
 @pytest.mark.parametrize("size", [0, 1, 5, 70_000])
-async def test_input_and_its_end_together_with_the_request(
-    raw: RawClient, container: TestContainer, block: bytes, size: int, upgrade: bool
+def test_input_and_its_end_together_with_the_request(
+    raw: RawApi, container: TestContainer, block: bytes, size: int, upgrade: bool
 ) -> None:
-    session_id = await raw.create(container.id, "sh", "-c", "cat; echo late >&2")
-    with closing(await raw.start(session_id, stdin=block[:size], end=True, upgrade=upgrade)) as stream:
+    session_id = raw.create_attached(container.id, "sh", "-c", "cat; echo late >&2")
+    with raw.attach(session_id, stdin=block[:size], end=True, upgrade=upgrade) as stream:
         assert stream.status == (101 if upgrade else 200)
-        assert await stream.output() == (block[:size], b"late\n")
-    assert (await raw.inspect(session_id))["ExitCode"] == 0
+        assert stream.output() == (block[:size], b"late\n")
+    assert raw.inspect(session_id)["ExitCode"] == 0
 
 
-async def test_input_that_looks_like_http_is_input(raw: RawClient, container: TestContainer) -> None:
+def test_input_that_looks_like_http_is_input(raw: RawApi, container: TestContainer) -> None:
     request = b"POST /containers/x/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
-    assert (await raw.run(container.id, "cat", stdin=request * 3)).stdout == request * 3
+    assert raw.pipe(container.id, "cat", stdin=request * 3).stdout == request * 3
 
 
 @pytest.mark.parametrize("upgrade", [True, False])
-async def test_a_request_in_pieces_with_input_behind_it(
-    raw: RawClient, container: TestContainer, upgrade: bool
-) -> None:
+def test_a_request_in_pieces_with_input_behind_it(raw: RawApi, container: TestContainer, upgrade: bool) -> None:
     """Each byte in a write of its own, the last of the request and the first of the input included."""
-    session_id = await raw.create(container.id, "cat")
-    connection = await raw.connect()
-    loop = asyncio.get_running_loop()
-    for byte in start_request(session_id, upgrade=upgrade) + b"input":
-        await loop.sock_sendall(connection, bytes([byte]))
-    connection.shutdown(socket.SHUT_WR)
-    with closing(await answer_on(connection, multiplexed=True)) as stream:
-        assert await stream.output() == (b"input", b"")
+    session_id = raw.create_attached(container.id, "cat")
+    with raw.connect() as connection:
+        for byte in start_bytes(session_id, upgrade=upgrade) + b"input":
+            connection.send(bytes([byte]))
+        connection.half_close()
+        assert connection.read_head().status == (101 if upgrade else 200)
+        assert demultiplex(connection.read_to_end()) == (b"input", b"")
 
 
-async def test_much_input_before_the_head_of_the_answer(raw: RawClient, container: TestContainer, block: bytes) -> None:
+def test_much_input_before_the_head_of_the_answer(raw: RawApi, container: TestContainer, block: bytes) -> None:
     """A client that does not wait: everything is under way before it reads the first byte of the answer."""
-    session_id = await raw.create(container.id, "sha256sum")
-    connection = await raw.connect()
-    loop = asyncio.get_running_loop()
-    sending = asyncio.ensure_future(loop.sock_sendall(connection, start_request(session_id) + block))
-    with closing(await answer_on(connection, multiplexed=True)) as stream:
-        await sending
-        stream.end_input()
-        stdout, _ = await stream.output()
+    session_id = raw.create_attached(container.id, "sha256sum")
+    with raw.connect() as connection:
+        with meanwhile(lambda: connection.send(start_bytes(session_id) + block)):
+            assert connection.read_head().status == 101
+        connection.half_close()
+        stdout, _ = demultiplex(connection.read_to_end())
     assert stdout.split()[0].decode() == hashlib.sha256(block).hexdigest()
 
 
-async def test_the_head_is_there_before_the_process_has_said_anything(
-    raw: RawClient, container: TestContainer, gate: Gate
+def test_the_head_is_there_before_the_process_has_said_anything(
+    raw: RawApi, container: TestContainer, gate: Gate
 ) -> None:
-    session_id = await raw.create(container.id, "sh", "-c", f"{Gate.WAIT}; echo now")
-    with closing(await raw.start(session_id)) as stream:
+    session_id = raw.create_attached(container.id, "sh", "-c", f"{Gate.WAIT}; echo now")
+    with raw.attach(session_id) as stream:
         assert stream.status == 101
-        await gate.open()
-        assert await stream.output() == (b"now\n", b"")
+        gate.open()
+        assert stream.output() == (b"now\n", b"")
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_end_of_input_at_the_takeover(raw: RawClient, container: TestContainer) -> None:
-    session_id = await raw.create(container.id, "sh", "-c", "cat; echo late")
-    with closing(await raw.start(session_id)) as stream:
-        stream.end_input()
-        assert await stream.output() == (b"late\n", b"")
+def test_the_end_of_input_at_the_takeover(raw: RawApi, container: TestContainer) -> None:
+    session_id = raw.create_attached(container.id, "sh", "-c", "cat; echo late")
+    with raw.attach(session_id) as stream:
+        stream.half_close()
+        assert stream.output() == (b"late\n", b"")
 
 
-async def test_the_end_of_input_in_the_midst_of_output(raw: RawClient, container: TestContainer, gate: Gate) -> None:
+def test_the_end_of_input_in_the_midst_of_output(raw: RawApi, container: TestContainer, gate: Gate) -> None:
     script = f"echo first; cat; {Gate.WAIT}; head -c 1000000 /dev/zero; echo late >&2; exit 4"
-    session_id = await raw.create(container.id, "sh", "-c", script)
-    with closing(await raw.start(session_id)) as stream:
-        assert await stream.output_until(b"first\n") == b"first\n"
-        await stream.write(b"typed")
-        stream.end_input()
-        assert await stream.output_until(b"typed") == b"typed"
-        await gate.open()
-        assert await stream.output() == (bytes(1_000_000), b"late\n")
-    assert (await raw.inspect(session_id))["ExitCode"] == 4
+    session_id = raw.create_attached(container.id, "sh", "-c", script)
+    with raw.attach(session_id) as stream:
+        assert stream.output_until(b"first\n") == b"first\n"
+        stream.send(b"typed")
+        stream.half_close()
+        assert stream.output_until(b"typed") == b"typed"
+        gate.open()
+        assert stream.output() == (bytes(1_000_000), b"late\n")
+    assert raw.inspect(session_id)["ExitCode"] == 4
 
 
-async def test_the_exit_code_is_there_when_the_stream_ends(raw: RawClient, container: TestContainer) -> None:
+def test_the_exit_code_is_there_when_the_stream_ends(raw: RawApi, container: TestContainer) -> None:
     """Asked over and over, because this is a race that a service can lose."""
     for code in range(50):
-        assert (await raw.run(container.id, "sh", "-c", f"echo x; exit {code}")).exit_code == code
+        assert raw.pipe(container.id, "sh", "-c", f"echo x; exit {code}").exit_code == code
 
 
-async def test_the_client_that_never_half_closes(raw: RawClient, container: TestContainer) -> None:
+def test_the_client_that_never_half_closes(raw: RawApi, container: TestContainer) -> None:
     """docker-py does not: without AttachStdin, or once the process has ended, nothing waits for it."""
-    session_id = await raw.create(container.id, "echo", "hello")
-    with closing(await raw.start(session_id)) as stream:
-        assert await stream.output() == (b"hello\n", b"")
+    session_id = raw.create_attached(container.id, "echo", "hello")
+    with raw.attach(session_id) as stream:
+        assert stream.output() == (b"hello\n", b"")
 
 
-async def test_a_grandchild_that_holds_the_output_is_not_waited_for(
-    raw: RawClient, new_container: Callable[[], TestContainer]
+def test_a_grandchild_that_holds_the_output_is_not_waited_for(
+    raw: RawApi, new_container: Callable[[], TestContainer]
 ) -> None:
     container = new_container()
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    done = await raw.run(container.id, "sh", "-c", "(sleep 300; echo late) & echo out; echo err >&2; exit 5")
+    began = time.monotonic()
+    done = raw.pipe(container.id, "sh", "-c", "(sleep 300; echo late) & echo out; echo err >&2; exit 5")
     assert (done.stdout, done.stderr, done.exit_code) == (b"out\n", b"err\n", 5)
-    assert loop.time() - began < 10
+    assert time.monotonic() - began < 10
 
 
-async def test_what_a_grandchild_says_at_once_is_not_lost(raw: RawClient, container: TestContainer) -> None:
+def test_what_a_grandchild_says_at_once_is_not_lost(raw: RawApi, container: TestContainer) -> None:
     """It writes after its parent's end, and ends within the time that a drain takes."""
     script = "(while kill -0 $$ 2>/dev/null; do :; done; echo from the grandchild) & exit 6"
-    done = await raw.run(container.id, "sh", "-c", script)
+    done = raw.pipe(container.id, "sh", "-c", script)
     assert (done.stdout, done.stderr, done.exit_code) == (b"from the grandchild\n", b"", 6)
 
 
 # -- clients that go --------------------------------------------------------------------------------------------------
 
 
-def close_in_order(connection: socket.socket) -> None:
-    connection.shutdown(socket.SHUT_RDWR)
+def close_in_order(connection: Connection) -> None:
+    connection.socket.shutdown(socket.SHUT_RDWR)
     connection.close()
 
 
-def close_with_output_unread(connection: socket.socket) -> None:
+def close_with_output_unread(connection: Connection) -> None:
     """The kernel makes this a reset (unix(7): ECONNRESET)."""
     connection.close()
 
 
 @pytest.mark.parametrize("leave", [close_in_order, close_with_output_unread])
 @pytest.mark.parametrize("tty", [False, True])
-async def test_a_client_that_vanishes_in_the_midst_of_output(
-    raw: RawClient, container: TestContainer, gate: Gate, leave: Callable[[socket.socket], None], tty: bool
+def test_a_client_that_vanishes_in_the_midst_of_output(
+    raw: RawApi, container: TestContainer, gate: Gate, leave: Callable[[Connection], None], tty: bool
 ) -> None:
     """The process does not notice: 20 MB go nowhere, and its exit code is kept."""
     witness = container.rootfs / "tmp/witness"
     zeros = "head -c {} /dev/zero"
     script = f"{zeros.format(300_000)}; {Gate.WAIT}; {zeros.format(20_000_000)} && echo lived >/tmp/witness; exit 7"
-    session_id = await raw.create(container.id, "sh", "-c", script, Tty=tty)
-    stream = await raw.start(session_id, tty=tty)
-    await stream.output_until(b"\0")
+    session_id = raw.create_attached(container.id, "sh", "-c", script, Tty=tty)
+    stream = raw.attach(session_id, Tty=tty)
+    stream.output_until(b"\0")
     leave(stream.connection)
-    await gate.open()
-    assert await raw.ended(session_id) == 7
+    gate.open()
+    assert raw.ended(session_id) == 7
     assert witness.read_text() == "lived\n"
     witness.unlink()
-    found = await raw.inspect(session_id)
+    found = raw.inspect(session_id)
     assert (found["Running"], found["ExitCode"]) == (False, 7)
 
 
-async def test_a_client_that_vanishes_ends_the_input(raw: RawClient, container: TestContainer) -> None:
-    session_id = await raw.create(container.id, "sh", "-c", "echo ready; cat >/dev/null; exit 8")
-    stream = await raw.start(session_id)
-    assert await stream.output_until(b"ready\n") == b"ready\n"
+def test_a_client_that_vanishes_ends_the_input(raw: RawApi, container: TestContainer) -> None:
+    session_id = raw.create_attached(container.id, "sh", "-c", "echo ready; cat >/dev/null; exit 8")
+    stream = raw.attach(session_id)
+    assert stream.output_until(b"ready\n") == b"ready\n"
     stream.close()
-    assert await raw.ended(session_id) == 8
+    assert raw.ended(session_id) == 8
 
 
-async def test_a_client_that_vanishes_before_the_answer(raw: RawClient, container: TestContainer) -> None:
+def test_a_client_that_vanishes_before_the_answer(raw: RawApi, container: TestContainer) -> None:
     """It either ran, without anybody, or never started; and the service goes on."""
-    session_id = await raw.create(container.id, "sh", "-c", "exit 9")
-    connection = await raw.connect()
-    await asyncio.get_running_loop().sock_sendall(connection, start_request(session_id))
-    connection.close()
-    assert await raw.ended(session_id) in (9, 128)
-    assert (await raw.run(container.id, "echo", "next")).stdout == b"next\n"
+    session_id = raw.create_attached(container.id, "sh", "-c", "exit 9")
+    with raw.connect() as connection:
+        connection.send(start_bytes(session_id))
+    assert raw.ended(session_id) in (9, 128)
+    assert raw.pipe(container.id, "echo", "next").stdout == b"next\n"
 
 
-async def test_a_client_that_vanishes_with_its_input_stuck(
-    raw: RawClient, container: TestContainer, gate: Gate, block: bytes
+def test_a_client_that_vanishes_with_its_input_stuck(
+    raw: RawApi, container: TestContainer, gate: Gate, block: bytes
 ) -> None:
-    session_id = await raw.create(container.id, "sh", "-c", f"{Gate.WAIT}; cat >/dev/null; exit 10")
-    stream = await raw.start(session_id)
-    assert await send_until_blocked(stream.connection, block) < len(block)
+    session_id = raw.create_attached(container.id, "sh", "-c", f"{Gate.WAIT}; cat >/dev/null; exit 10")
+    stream = raw.attach(session_id)
+    assert stream.connection.send_until_blocked(block, patience=PATIENCE) < len(block)
     stream.close()
-    await gate.open()
-    assert await raw.ended(session_id) == 10
+    gate.open()
+    assert raw.ended(session_id) == 10
 
 
 # -- /dev/stdout ------------------------------------------------------------------------------------------------------
@@ -504,18 +445,18 @@ async def test_a_client_that_vanishes_with_its_input_stuck(
 
 @pytest.mark.parametrize("user", ["", "app", "4321"])
 @pytest.mark.parametrize("tty", [False, True])
-async def test_the_devices_of_the_streams_are_writable(
-    raw: RawClient, container: TestContainer, user: str, tty: bool, request: pytest.FixtureRequest
+def test_the_devices_of_the_streams_are_writable(
+    raw: RawApi, container: TestContainer, user: str, tty: bool, request: pytest.FixtureRequest
 ) -> None:
     """moby#31243: a program that logs to /dev/stdout and is not root."""
     if container.host.name == "crun" and tty and user:
         reason = "crun 1.8 gives pipes to the user of an exec, but not the terminal"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     script = "echo out >/dev/stdout && echo err >/dev/stderr && read x </dev/stdin && echo $x"
-    session_id = await raw.create(container.id, "sh", "-c", script, User=user, Tty=tty)
-    with closing(await raw.start(session_id, tty=tty, stdin=b"in\n")) as stream:
-        stdout, stderr = await stream.output()
-    assert (await raw.inspect(session_id))["ExitCode"] == 0
+    session_id = raw.create_attached(container.id, "sh", "-c", script, User=user, Tty=tty)
+    with raw.attach(session_id, Tty=tty, stdin=b"in\n") as stream:
+        stdout, stderr = stream.output()
+    assert raw.inspect(session_id)["ExitCode"] == 0
     if tty:
         assert stdout.replace(b"\r", b"").endswith(b"in\n")
     else:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from support.api import RawApi
 from support.clients import DockerCli
 from support.programs import find_program, run_program
 from support.runtimes import TestContainer
 from support.service import Service
-from support.streams import RawClient
-from support.tty import Terminal
+from support.tty import Terminal, tell_size_in_shell
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -97,10 +97,10 @@ def test_a_new_size_reaches_the_program_inside(enter: Open) -> None:
         assert person.wait() == 130
 
 
-def test_the_size_is_right_from_the_first_prompt_on(enter: Open) -> None:
+def test_the_size_is_right_from_the_first_prompt_on(enter: Open, container: TestContainer) -> None:
     with enter(rows=33, columns=77) as person:
         person.expect(PROMPT)
-        person.type("stty size; echo $TERM\r")
+        person.type(f"{tell_size_in_shell(container)}; echo $TERM\r")
         person.expect("\r\n33 77\r\nxterm\r\n")
         person.type("exit\r")
         assert person.wait() == 0
@@ -130,18 +130,18 @@ def test_a_pasted_page_arrives_whole(enter: Open) -> None:
         pytest.param(("--detach-keys", "ctrl-a,x"), "\x01x", id="custom"),
     ],
 )
-async def test_detach_keys_leave_the_process_running(
-    enter: Open, container: TestContainer, raw: RawClient, flags: tuple[str, ...], keys: str
+def test_detach_keys_leave_the_process_running(
+    enter: Open, container: TestContainer, raw: RawApi, flags: tuple[str, ...], keys: str
 ) -> None:
     """The CLI watches for them itself and hangs up; `test_aiodocker.py` leaves that to the service."""
     with enter(*flags, argv=("sh", "-c", "echo ready; read line; exit 9")) as person:
         person.expect("ready\r\n")
         person.type(keys)
         person.wait()
-    await assert_runs_on(raw, container)
+    assert_runs_on(raw, container)
 
 
-async def test_other_keys_do_not_detach(enter: Open) -> None:
+def test_other_keys_do_not_detach(enter: Open) -> None:
     """Half of the sequence, the default one where another was chosen, and the sequence with something in between."""
     with enter("--detach-keys", "ctrl-a,x", argv=("sh", "-c", "stty raw; echo ready; head -c 7 | od -c")) as person:
         person.expect("ready")
@@ -150,22 +150,20 @@ async def test_other_keys_do_not_detach(enter: Open) -> None:
         assert person.wait() == 0
 
 
-async def test_a_closed_window_leaves_the_process_running(
-    enter: Open, container: TestContainer, raw: RawClient
-) -> None:
+def test_a_closed_window_leaves_the_process_running(enter: Open, container: TestContainer, raw: RawApi) -> None:
     with enter(argv=("sh", "-c", "echo ready; read line; exit 9")) as person:
         person.expect("ready\r\n")
-    await assert_runs_on(raw, container)
+    assert_runs_on(raw, container)
 
 
-async def assert_runs_on(raw: RawClient, container: TestContainer) -> None:
+def assert_runs_on(raw: RawApi, container: TestContainer) -> None:
     """The one exec of the container is running, though nobody is attached; end it."""
-    (session_id,) = (await raw.call("GET", f"/containers/{container.id}/json")).json()["ExecIDs"]
-    session = await raw.inspect(session_id)
+    (session_id,) = raw.call("GET", f"/containers/{container.id}/json").json["ExecIDs"]
+    session = raw.inspect(session_id)
     assert (session["Running"], session["ExitCode"]) == (True, None)
     assert Path(f"/proc/{session['Pid']}/cmdline").read_text() == "sh\0-c\0echo ready; read line; exit 9\0"
     os.kill(session["Pid"], signal.SIGKILL)
-    assert await raw.ended(session_id) == 137
+    assert raw.ended(session_id) == 137
 
 
 class Tmux:
@@ -199,14 +197,15 @@ def tmux(docker: DockerCli, container: TestContainer, service: Service) -> Itera
     subprocess.run([*window._base, "kill-server"], capture_output=True, timeout=30, check=False)
 
 
-def test_in_tmux(tmux: Tmux) -> None:
+def test_in_tmux(tmux: Tmux, container: TestContainer) -> None:
     """Lines wrap where the window ends, before and after a resize, and history and Ctrl-C do what they do."""
     tmux.wait_for("/ #")
-    tmux("send-keys", "stty size", "Enter")
+    tmux("send-keys", tell_size_in_shell(container), "Enter")
     tmux.wait_for("24 80")
     tmux("resize-window", "-x", "50", "-y", "20")
-    tmux("send-keys", "clear; until [ \"$(stty size)\" = '20 50' ]; do :; done; echo s''maller", "Enter")
-    tmux.wait_for("smaller")
+    until = "for look in $(seq 2000); do [ \"$(stty size)\" = '20 50' ] && break; done"
+    tmux("send-keys", f"clear; {until}; echo now $(stty size)", "Enter")
+    tmux.wait_for("now 20 50")
     tmux("send-keys", f"clear; echo {'x' * 30} {'y' * 30}", "Enter")
     tmux.wait_for(f"{'x' * 30} {'y' * 19}")
     tmux.wait_for("y" * 11)

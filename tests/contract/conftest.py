@@ -9,7 +9,7 @@ import pytest
 
 from contract.api import Api
 from contract.document import Document
-from support.raw_http import TIMEOUT
+from support.raw import TIMEOUT
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
 

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from support.raw_http import Response
+from support.raw import Answer
 
 PATH = Path(__file__).parents[2] / "api_spec" / "openapi.yaml"
 
@@ -80,7 +80,7 @@ class Document:
                 return operation
         raise AssertionError(f"the document has no operation for {method} {target}")
 
-    def check(self, operation: Operation, response: Response) -> None:
+    def check(self, operation: Operation, response: Answer) -> None:
         """Fail when `response` is not what the document says an answer of its status is."""
         where = f"{operation}: {response}"
         answers = operation.definition["responses"]
@@ -132,14 +132,14 @@ class Document:
     def _parameters(self, item: Mapping[str, Any], method: str) -> list[Mapping[str, Any]]:
         return [self.resolve(one) for one in [*item.get("parameters", ()), *item[method].get("parameters", ())]]
 
-    def _check_header(self, name: str, header: Mapping[str, Any], response: Response, where: str) -> None:
+    def _check_header(self, name: str, header: Mapping[str, Any], response: Answer, where: str) -> None:
         value = response.headers.get(name.lower())
         if value is None:
             assert not header.get("required"), f"no header {name}: {where}"
             return
         assert not (problems := self.errors(header["schema"], value)), f"header {name}: {problems}: {where}"
 
-    def _check_body(self, content: Mapping[str, Any], response: Response, where: str) -> None:
+    def _check_body(self, content: Mapping[str, Any], response: Answer, where: str) -> None:
         is_stream = response.status == 101 or "content-length" not in response.headers
         if not is_stream and not response.body:
             return
@@ -154,13 +154,13 @@ class Document:
             assert not (problems := self.errors(schema, value)), f"{problems}: {where}"
 
 
-def _values(response: Response) -> list[Any]:
+def _values(response: Answer) -> list[Any]:
     """The values of a body: one, or one a line where there is no length."""
     if response.content_type != "application/json":
         return [response.body.decode()]
     if "content-length" in response.headers:
         return [response.json]
-    return [Response(0, "", {}, line).json for line in response.body.splitlines()]
+    return [Answer(0, "", {}, line).json for line in response.body.splitlines()]
 
 
 def _closed(node: Any) -> Any:

@@ -9,7 +9,7 @@ from contract.api import Api
 from contract.document import Document
 from execgate.config import Config
 from execgate.engine import _SWEEP_INTERVAL
-from support.raw_http import TIMEOUT
+from support.raw import TIMEOUT
 from support.runtimes import TestContainer
 from support.service import Service
 
@@ -56,7 +56,7 @@ def test_a_session_that_was_created(api: Api, container: TestContainer) -> None:
 
 def test_a_session_that_runs(api: Api, container: TestContainer) -> None:
     session_id = api.create_attached(container.id, "cat", User="app", Privileged=True)
-    with api.attach(session_id, behind=b"up") as stream:
+    with api.attach(session_id, stdin=b"up") as stream:
         assert stream.connection.read_exactly(10)[8:] == b"up"
         inspection = api.inspect(session_id)
         assert min(inspection["Pid"], inspection["ContainerPid"]) > 0
@@ -124,7 +124,7 @@ def test_sessions_are_forgotten_when_their_time_is_over(
     env = {"EXECGATE_RETENTION_SECONDS": "0.1", "EXECGATE_CREATED_LIFETIME_SECONDS": "0.1"}
     api = Api(new_service(env=env).socket, document)
     running = api.create_attached(runc_container.id, "cat")
-    with api.attach(running, behind=b"up") as stream:
+    with api.attach(running, stdin=b"up") as stream:
         assert stream.connection.read_exactly(10)[8:] == b"up"
         ended = api.run(runc_container.id, "true")["ID"]
         created = api.create(runc_container.id, "true")
@@ -142,7 +142,7 @@ def test_a_container_lists_the_sessions_that_run_in_it(api: Api, new_container: 
     assert api.call("GET", target).json["ExecIDs"] is None
     first, second = (api.create_attached(container.id, "cat") for _ in range(2))
     assert api.call("GET", target).json["ExecIDs"] is None, "what was only created does not count"
-    with api.attach(first, behind=b"up") as one, api.attach(second, behind=b"up") as two:
+    with api.attach(first, stdin=b"up") as one, api.attach(second, stdin=b"up") as two:
         for stream in (one, two):
             assert stream.connection.read_exactly(10)[8:] == b"up"
         assert set(api.call("GET", target).json["ExecIDs"]) == {first, second}

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from contract.api import NO_SUCH_ID, Api, tell_size
-from support.raw_http import RawConnection, Response, encode_request
+from contract.api import NO_SUCH_ID, Api
+from support.api import ATTACHED, OUTPUT
+from support.raw import JSON, Answer, request_bytes
 from support.runtimes import TestContainer
+from support.tty import tell_size
 
 V4 = "/v4.3.1/libpod"
 V5 = "/v5.8.0/libpod"
 
-JSON_TYPE = {"Content-Type": "application/json"}
 
-
-def error(response: Response) -> tuple[int, str, str]:
+def error(response: Answer) -> tuple[int, str, str]:
     """Return (status, cause, message) of an error, whose body must be libpod's and nothing else."""
     body = response.json
     assert list(body) == ["cause", "message", "response"]
@@ -26,7 +26,7 @@ def error(response: Response) -> tuple[int, str, str]:
     return response.status, body["cause"], body["message"]
 
 
-def post(api: Api, target: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Response:
+def post(api: Api, target: str, headers: Mapping[str, str] | None = None, **fields: Any) -> Answer:
     """Send a body as podman does: without saying what it is."""
     return api.call("POST", target, json.dumps(fields).encode(), headers=headers)
 
@@ -95,9 +95,9 @@ def test_what_is_not_served(path: str, api: Api) -> None:
 def test_early_refusals(headers: dict[str, str], status: int, api: Api) -> None:
     """Those that come before any route, as soon as the path is known."""
     for path, form in ((f"{V4}/exec/{NO_SUCH_ID}/start", ["cause", "message", "response"]), ("/info", ["message"])):
-        with RawConnection(api.socket) as connection:
-            connection.send(encode_request("POST", path, headers=headers))
-            response = connection.read_response()
+        with api.connect() as connection:
+            connection.send(request_bytes("POST", path, headers=headers))
+            response = connection.read_answer()
         assert response.status == status
         assert list(response.json) == form, response
 
@@ -154,13 +154,13 @@ def test_info(api: Api, container: TestContainer) -> None:
 # -- create ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}, JSON_TYPE], ids=str)
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}, JSON], ids=str)
 def test_no_content_type_is_refused(headers: dict[str, str], api: Api, container: TestContainer) -> None:
     created = post(api, f"{V4}/containers/{container.id}/exec", headers, Cmd=["true"])
     assert (created.status, list(created.json)) == (201, ["Id"])
     started = post(api, f"{V4}/exec/{created.json['Id']}/start", headers, Detach=True)
     assert started.status == 200
-    if headers != JSON_TYPE:
+    if headers != JSON:
         docker = post(api, f"/containers/{container.id}/exec", headers, Cmd=["true"])
         assert docker.status == 400, "Docker's tree is strict"
 
@@ -272,7 +272,7 @@ def test_docker_s_start_ignores_what_is_libpod_s(api: Api, container: TestContai
 
 def test_stdin_that_comes_with_the_start(api: Api, container: TestContainer) -> None:
     session_id = api.create_attached(container.id, "cat", version=V4)
-    with api.attach(session_id, version=V4, behind=b"at once") as stream:
+    with api.attach(session_id, version=V4, stdin=b"at once") as stream:
         stream.half_close()
         assert stream.read_frames() == (b"at once", b"")
 
@@ -286,8 +286,7 @@ def test_a_detached_start_is_answered_with_a_line_feed(api: Api, container: Test
 
 @pytest.mark.parametrize("tty", [False, True])
 def test_a_failed_start_is_told_on_stderr(tty: bool, api: Api, container: TestContainer) -> None:
-    attached = {"AttachStdout": True, "AttachStderr": True}
-    session_id = api.create(container.id, "none-such", version=V4, Tty=tty, **attached)
+    session_id = api.create(container.id, "none-such", version=V4, Tty=tty, **OUTPUT)
     with api.attach(session_id, version=V4) as stream:
         stdout, text = (b"", stream.read_raw()) if tty else stream.read_frames()
     assert stdout == b""
@@ -361,9 +360,9 @@ def test_removing_what_runs_needs_force(api: Api, container: TestContainer) -> N
     target = f"{V4}/exec/{session_id}/remove"
     status, cause, _ = error(api.call("POST", target))
     assert (status, cause) == (409, "exec session state improper")
-    assert ["sleep", "2147"] in container.processes()
+    assert ["sleep", "2147"] in container.processes().values()
     assert post(api, target, Force=True).status == 200
-    assert ["sleep", "2147"] not in container.processes()
+    assert ["sleep", "2147"] not in container.processes().values()
     assert api.call("GET", f"{V4}/exec/{session_id}/json").status == 404
 
 
@@ -415,7 +414,7 @@ def test_a_container_lists_its_sessions(api: Api, new_container: Callable[..., T
     target = f"{V4}/containers/{container.id}/json"
     assert api.call("GET", target).json["ExecIDs"] == []
     session_id = api.create_attached(container.id, "cat")
-    with api.attach(session_id, behind=b"up") as stream:
+    with api.attach(session_id, stdin=b"up") as stream:
         assert stream.connection.read_exactly(10)[8:] == b"up"
         assert api.call("GET", target).json["ExecIDs"] == [session_id]
         stream.half_close()
@@ -428,14 +427,13 @@ def test_a_container_lists_its_sessions(api: Api, new_container: Callable[..., T
 def test_what_podman_from_5_7_on_does(api: Api, container: TestContainer) -> None:
     """It wants a 101, sends Upgrade, and removes the session in the end; a failure there is its exit code."""
     target = f"{V5}/containers/{container.id}/exec"
-    create: dict[str, Any] = dict.fromkeys(("AttachStdin", "AttachStdout", "AttachStderr"), True)
-    created = post(api, target, Cmd=["sh", "-c", "cat; exit 3"], Env=[], Tty=False, Detach=False, **create)
+    created = post(api, target, Cmd=["sh", "-c", "cat; exit 3"], Env=[], Tty=False, Detach=False, **ATTACHED)
     session_id = created.json["Id"]
     assert api.call("GET", f"{V5}/exec/{session_id}/json").json["ProcessConfig"]["tty"] is False
     body = b'{"Detach":false,"Tty":false,"h":0,"w":0}'
-    with RawConnection(api.socket) as connection:
+    with api.connect() as connection:
         upgrade = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        connection.send(encode_request("POST", f"{V5}/exec/{session_id}/start", headers=upgrade, body=body))
+        connection.send(request_bytes("POST", f"{V5}/exec/{session_id}/start", body, upgrade))
         head = connection.read_head()
         assert (head.status, head.content_type) == (101, "application/vnd.docker.multiplexed-stream")
         connection.send(b"data")

@@ -10,7 +10,10 @@ import pytest
 from contract.api import Api
 from contract.document import Document
 from contract.verbs import LIBPOD, force_remove, message, sent
-from support.raw_http import TIMEOUT, Response
+from support.raw import (
+    TIMEOUT,
+    Answer,
+)
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
 
@@ -28,11 +31,11 @@ def new_api(new_service: Callable[..., Service], document: Document) -> NewApi:
     return start
 
 
-def _create(api: Api, container: TestContainer, tree: str = "") -> Response:
+def _create(api: Api, container: TestContainer, tree: str = "") -> Answer:
     return api.call("POST", f"{tree}/containers/{container.id}/exec", {"Cmd": ["sleep", "1000"]})
 
 
-def _refused(response: Response) -> str:
+def _refused(response: Answer) -> str:
     assert response.status == 429, response
     assert int(response.headers["retry-after"]) >= 1
     return message(response)
@@ -93,7 +96,7 @@ def _starting(api: Api, container: TestContainer) -> Iterator[str]:
     ):
         assert next(events)["Actor"]["Attributes"]["execID"] == session_id
         yield session_id
-        assert connection.read_response().status == 200
+        assert connection.read_answer().status == 200
 
 
 def test_starts_at_once(new_api: NewApi, runc_container: TestContainer, held: tuple[str, Callable[[], None]]) -> None:
@@ -127,7 +130,7 @@ def test_starts_that_wait_for_their_turn(
         for _ in range(2):
             ready, _, _ = select.select(list(pending), [], [], TIMEOUT)
             refused = pending.pop(ready[0])
-            assert _refused(refused.read_response()) == "1 starts are waiting already; try again later"
+            assert _refused(refused.read_answer()) == "1 starts are waiting already; try again later"
         let_go()
         (waiting,) = pending.values()
-        assert waiting.read_response().status == 200
+        assert waiting.read_answer().status == 200

@@ -16,7 +16,7 @@ from contract.api import NO_SUCH_ID, Api
 from contract.document import ROUTE_HEADERS, Document, Operation
 from execgate.http.front import HEAD_TIMEOUT
 from execgate.http.server import MAX_BODY
-from support.raw_http import RawConnection, Response, encode_request
+from support.raw import Answer, request_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
 
@@ -62,7 +62,7 @@ class Scene:
     def create(self, *args: str) -> str:
         return self.api.create(self.running.id, *(args or ("true",)), AttachStdout=True)
 
-    def start(self, session_id: str, *, upgrade: bool = True, version: str = "", **fields: Any) -> Response:
+    def start(self, session_id: str, *, upgrade: bool = True, version: str = "", **fields: Any) -> Answer:
         with self.api.attach(session_id, version=version, upgrade=upgrade, **fields) as stream:
             stream.read_raw()
         return stream.head
@@ -71,7 +71,7 @@ class Scene:
         return corrupt_spec(self.new_container())
 
 
-Provocation = Callable[[Scene], Response]
+Provocation = Callable[[Scene], Answer]
 
 
 def _get(target: str) -> Provocation:
@@ -85,7 +85,7 @@ def _post(target: str, body: object = None) -> Provocation:
 def _with_session(method: str, target: str, body: object = None, *, ended: bool = False) -> Provocation:
     """Do this to a session that was only created, or has ended."""
 
-    def provoke(scene: Scene) -> Response:
+    def provoke(scene: Scene) -> Answer:
         session_id = scene.create()
         if ended:
             scene.start(session_id)
@@ -94,7 +94,7 @@ def _with_session(method: str, target: str, body: object = None, *, ended: bool 
     return provoke
 
 
-def _remove_running(scene: Scene) -> Response:
+def _remove_running(scene: Scene) -> Answer:
     session_id = scene.create("sleep", "1000")
     scene.api.start_detached(session_id)
     response = scene.api.call("POST", f"{LIBPOD}/exec/{session_id}/remove", {"Force": False})
@@ -110,13 +110,13 @@ class _Captured:
     target: str
     upgrade: bool = False
 
-    def __call__(self, scene: Scene) -> Response:
+    def __call__(self, scene: Scene) -> Answer:
         session_id = scene.api.create(scene.running.id, "echo", "kept", CaptureStdout=True)
         scene.start(session_id)
         headers = {"Connection": "Upgrade", "Upgrade": "tcp"} if self.upgrade else {}
         target = self.target.format(session_id)
-        with RawConnection(scene.api.socket) as connection:
-            connection.send(encode_request(self.method, target, headers=headers))
+        with scene.api.connect() as connection:
+            connection.send(request_bytes(self.method, target, headers=headers))
             head = connection.read_head()
         return scene.api.checked(self.method, target, head)
 
@@ -124,7 +124,7 @@ class _Captured:
 def _with_running(method: str, target: str, body: object = None) -> Provocation:
     """Do this to a session that runs and has stdin."""
 
-    def provoke(scene: Scene) -> Response:
+    def provoke(scene: Scene) -> Answer:
         session_id = scene.api.create(
             scene.running.id, "sleep", "1000", AttachStdin=True, AttachStdout=True, OnDisconnect="keep"
         )
@@ -136,22 +136,22 @@ def _with_running(method: str, target: str, body: object = None) -> Provocation:
     return provoke
 
 
-def _inspect_corrupt(scene: Scene, prefix: str = "") -> Response:
+def _inspect_corrupt(scene: Scene, prefix: str = "") -> Answer:
     with scene.corrupt() as container:
         return scene.api.call("GET", f"{prefix}/containers/{container.id}/json")
 
 
-def _create_in_corrupt(scene: Scene, prefix: str = "") -> Response:
+def _create_in_corrupt(scene: Scene, prefix: str = "") -> Answer:
     with scene.corrupt() as container:
         return scene.api.call("POST", f"{prefix}/containers/{container.id}/exec", {"Cmd": ["true"]})
 
 
-def _run_in_corrupt(scene: Scene, prefix: str = "") -> Response:
+def _run_in_corrupt(scene: Scene, prefix: str = "") -> Answer:
     with scene.corrupt() as container:
         return scene.api.call("POST", f"{prefix}/containers/{container.id}/exec/run", {"Cmd": ["true"]})
 
 
-def _start_a_loop(scene: Scene, prefix: str = "") -> Response:
+def _start_a_loop(scene: Scene, prefix: str = "") -> Answer:
     loop = scene.running.rootfs / "loop"
     if not loop.is_symlink():
         loop.symlink_to("loop")
@@ -291,9 +291,9 @@ def test_a_version_outside_the_range_is_as_documented(operation: str, api: Api) 
 @pytest.mark.parametrize("status", REFUSALS)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_refusal_is_as_documented(operation: str, status: int, api: Api) -> None:
-    with RawConnection(api.socket) as connection:
+    with api.connect() as connection:
         connection.send(_refused(OPERATIONS[operation], status))
-        response = connection.read_response()
+        response = connection.read_answer()
         assert connection.read_to_end() == b"", "a refused connection is closed"
     _check_refusal(OPERATIONS[operation], response, api)
     assert response.status == status
@@ -303,12 +303,12 @@ def test_slow_requests_are_refused_as_documented(api: Api) -> None:
     """Each operation at once, because each waits for the head's whole time."""
     assert HEAD_TIMEOUT <= 10
     with contextlib.ExitStack() as stack:
-        waiting = [(operation, stack.enter_context(RawConnection(api.socket))) for operation in OPERATIONS.values()]
+        waiting = [(operation, stack.enter_context(api.connect())) for operation in OPERATIONS.values()]
         for operation, connection in waiting:
-            request = encode_request(operation.method.upper(), _target(operation))
+            request = request_bytes(operation.method.upper(), _target(operation))
             connection.send(request.removesuffix(b"\r\n"))
         for operation, connection in waiting:
-            response = connection.read_response()
+            response = connection.read_answer()
             assert response.status == 408, operation
             _check_refusal(operation, response, api)
 
@@ -395,11 +395,11 @@ def _target(operation: Operation) -> str:
 
 def _refused(operation: Operation, status: int) -> bytes:
     target = _target(operation) + ("?" + "x" * 9000 if status == 414 else "")
-    request = encode_request(operation.method.upper(), target, headers=REFUSALS[status])
+    request = request_bytes(operation.method.upper(), target, headers=REFUSALS[status])
     return request.replace(b" HTTP/1.1\r\n", b" HTTP/2.0\r\n", 1) if status == 505 else request
 
 
-def _check_refusal(operation: Operation, response: Response, api: Api) -> None:
+def _check_refusal(operation: Operation, response: Answer, api: Api) -> None:
     """The answer to a HEAD has a body here: a client that cannot be understood asked for it."""
     assert not response.headers.keys() & set(ROUTE_HEADERS), response
     assert response.headers["content-type"] == "application/json"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ from contract.verbs import (
     wait,
 )
 from execgate.wire.stdcopy import SYSTEMERR
-from support.raw_http import demultiplex
+from support.api import demultiplex
 from support.runtimes import TestContainer
 from support.service import Service
 
@@ -176,7 +177,7 @@ def test_old_output_is_dropped_and_the_gap_is_said(tree: str, small_api: Api, co
     with attached(small_api, session_id, tree=tree, after=1) as stream:
         assert stream.head.headers[OFFSET] == str(offset)
         assert output(stream.read_raw()) == whole[offset:]
-    kept = sum(file.stat().st_size for file in small_api.socket.parent.glob("state/captures/*/*"))
+    kept = sum(file.stat().st_size for file in Path(str(small_api.target)).parent.glob("state/captures/*/*"))
     assert 0 < kept <= 2**20
 
 
@@ -379,7 +380,7 @@ def test_the_end_of_input_comes_behind_what_is_being_written(api: Api, container
         stream.send(bytes(600_000))  # more than the pipe takes: the rest waits in the service
         target = f"/exec/{session_id}/stdin?eof=1"
         with sent(api, "POST", target) as ending:
-            assert api.checked("POST", target, ending.read_response()).status == 204
+            assert api.checked("POST", target, ending.read_answer()).status == 204
         api.run(container.id, "sh", "-c", f"echo >{gate}")
         stdout, _ = stream.read_frames()
         assert 0 < int(stdout) <= 600_000

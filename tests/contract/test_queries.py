@@ -213,7 +213,7 @@ def test_top_shows_the_container_and_its_sessions(
     api: Api, container: TestContainer, runc_container: TestContainer, crun_container: TestContainer
 ) -> None:
     session_id = api.create_attached(container.id, "cat")
-    with api.attach(session_id, behind=b"up") as stream:
+    with api.attach(session_id, stdin=b"up") as stream:
         assert stream.connection.read_exactly(10)[8:] == b"up"
         table = api.call("GET", f"/containers/{container.id}/top").json
         pid = api.inspect(session_id)["Pid"]

@@ -7,9 +7,8 @@ import pytest
 
 from contract.api import NO_SUCH_ID, Api
 from execgate.http.dialects import DOCKER, dotted
+from support.raw import JSON
 from support.runtimes import TestContainer
-
-JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(

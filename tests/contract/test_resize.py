@@ -2,8 +2,9 @@
 
 import pytest
 
-from contract.api import NO_SUCH_ID, Api, tell_size
+from contract.api import NO_SUCH_ID, Api
 from support.runtimes import TestContainer
+from support.tty import tell_size
 
 SYNTAX = "invalid syntax"
 RANGE = "value out of range"

@@ -1,17 +1,17 @@
 """`POST /exec/{id}/start`: the hijack, the frames, and every way in which a start can fail."""
 
 import os
-import re
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from contract.api import NO_SUCH_ID, Api, tell_size
+from contract.api import NO_SUCH_ID, Api
 from contract.conftest import stop
-from support.raw_http import RawConnection, encode_request
+from support.raw import JSON, request_bytes
 from support.runtimes import TestContainer
+from support.tty import tell_size
 
 RAW = "application/vnd.docker.raw-stream"
 MULTIPLEXED = "application/vnd.docker.multiplexed-stream"
@@ -38,8 +38,8 @@ def test_the_head_of_an_upgrade(
     session_id = api.create(runc_container.id, "true")
     headers = {"Connection": "Upgrade", "Upgrade": "tcp", "Content-Type": "application/json"}
     body = b'{"Tty": true}' if tty else b"{}"
-    with RawConnection(api.socket) as connection:
-        connection.send(encode_request("POST", f"{version}/exec/{session_id}/start", headers=headers, body=body))
+    with api.connect() as connection:
+        connection.send(request_bytes("POST", f"{version}/exec/{session_id}/start", body, headers))
         lines = connection.read_until(b"\r\n\r\n").decode().split("\r\n")
     assert lines[:4] == [
         "HTTP/1.1 101 UPGRADED",
@@ -64,8 +64,8 @@ def test_the_head_without_an_upgrade(version: str, tty: bool, api: Api, runc_con
 @pytest.mark.parametrize("headers", [{"Upgrade": "websocket"}, {"Upgrade": ""}, {"upgrade": "h2c"}])
 def test_only_the_presence_of_upgrade_counts(headers: dict[str, str], api: Api, runc_container: TestContainer) -> None:
     session_id = api.create(runc_container.id, "true")
-    with RawConnection(api.socket) as connection:
-        connection.send(encode_request("POST", f"/exec/{session_id}/start", headers=headers))
+    with api.connect() as connection:
+        connection.send(request_bytes("POST", f"/exec/{session_id}/start", headers=headers))
         assert connection.read_head().status == 101
         assert connection.read_to_end() == b""
 
@@ -101,7 +101,7 @@ def test_only_what_was_attached_at_create_is_delivered(
 def test_a_terminal_is_raw(api: Api, container: TestContainer) -> None:
     session_id = api.create_attached(container.id, "sh", "-c", "echo $TERM; tty", Tty=True)
     with api.attach(session_id, Tty=True) as stream:
-        assert re.fullmatch(rb"xterm\s+/dev/pts/\d+\s+", stream.read_raw())
+        assert stream.read_raw().split() == [b"xterm", b"/dev/pts/0"]
 
 
 def test_framing_follows_start_and_the_terminal_follows_create(api: Api, container: TestContainer) -> None:
@@ -122,7 +122,7 @@ def test_without_a_terminal_start_can_still_ask_for_raw_bytes(api: Api, containe
 @pytest.mark.parametrize("upgrade", [True, False])
 def test_bytes_behind_the_request_are_stdin(upgrade: bool, api: Api, container: TestContainer) -> None:
     session_id = api.create_attached(container.id, "cat")
-    with api.attach(session_id, upgrade=upgrade, behind=b"POST / HTTP/1.1\r\n\r\n") as stream:
+    with api.attach(session_id, upgrade=upgrade, stdin=b"POST / HTTP/1.1\r\n\r\n") as stream:
         stream.send(b"and more")
         stream.half_close()
         assert stream.read_frames() == (b"POST / HTTP/1.1\r\n\r\nand more", b"")
@@ -137,7 +137,7 @@ def test_a_half_close_ends_stdin_and_not_the_output(api: Api, container: TestCon
 
 def test_without_attached_stdin_it_is_empty(api: Api, container: TestContainer) -> None:
     session_id = api.create(container.id, "sh", "-c", "cat; echo end", AttachStdout=True)
-    with api.attach(session_id, behind=b"not for you") as stream:
+    with api.attach(session_id, stdin=b"not for you") as stream:
         assert stream.read_frames() == (b"end\n", b"")
 
 
@@ -195,7 +195,7 @@ def test_the_detach_keys_end_the_stream_and_leave_the_process(
 
 def test_without_a_terminal_no_keys_detach(api: Api, container: TestContainer) -> None:
     session_id = api.create_attached(container.id, "cat")
-    with api.attach(session_id, behind=b"\x10\x11") as stream:
+    with api.attach(session_id, stdin=b"\x10\x11") as stream:
         stream.half_close()
         assert stream.read_frames() == (b"\x10\x11", b"")
 
@@ -267,9 +267,8 @@ def test_a_detached_start_is_answered_with_nothing_once_the_process_runs(api: Ap
 
 def test_a_connection_goes_on_after_a_detached_start(api: Api, runc_container: TestContainer) -> None:
     target = f"/exec/{api.create(runc_container.id, 'true')}/start"
-    with RawConnection(api.socket) as connection:
-        headers = {"Content-Type": "application/json"}
-        assert connection.request("POST", target, headers=headers, body=b'{"Detach": true}').status == 200
+    with api.connect() as connection:
+        assert connection.request("POST", target, b'{"Detach": true}', JSON).status == 200
         assert connection.request("GET", "/_ping").body == b"OK"
 
 

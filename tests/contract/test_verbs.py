@@ -27,7 +27,7 @@ from contract.verbs import (
     sent,
     wait,
 )
-from support.raw_http import RawConnection, encode_request
+from support.raw import request_bytes
 from support.runtimes import TestContainer
 from support.service import Service
 
@@ -285,7 +285,7 @@ def test_wait_for_a_start_that_fails(tree: str, api: Api, container: TestContain
     session_id = api.create(container.id, "/none-such")
     with sent(api, "POST", f"{tree}/exec/{session_id}/wait") as waiting:
         assert api.start_detached(session_id).status == 400
-        told = waiting.read_response().json
+        told = waiting.read_answer().json
     assert told["StatusCode"] == 127
     assert told["Error"].startswith("OCI runtime exec failed: ")
     assert told["Error"] == api.inspect(session_id)["Error"]
@@ -301,7 +301,7 @@ def test_several_wait_from_before_the_start_to_the_end(tree: str, api: Api, cont
         waiting[0].half_close()  # which is no farewell
         assert post(api, tree, session_id, "kill?signal=TERM").status == 204
         for connection in waiting:
-            response = api.checked("POST", target, connection.read_response())
+            response = api.checked("POST", target, connection.read_answer())
             assert response.json == {"StatusCode": 143, "TimedOut": False, "Error": ""}
 
 
@@ -313,7 +313,7 @@ def test_a_client_that_does_not_wait_any_longer(api: Api, container: TestContain
     assert api.inspect(session_id)["Running"]
     with sent(api, "POST", f"/exec/{session_id}/wait") as waiting:
         assert post(api, "", session_id, "kill").status == 204
-        assert waiting.read_response().json["StatusCode"] == 137
+        assert waiting.read_answer().json["StatusCode"] == 137
 
 
 def test_who_waits_for_a_start_is_told_of_the_removal(tree: str, api: Api, container: TestContainer) -> None:
@@ -323,7 +323,7 @@ def test_who_waits_for_a_start_is_told_of_the_removal(tree: str, api: Api, conta
         # The wait is there once a second request on the same service was answered after it.
         assert api.inspect(session_id)["ExitCode"] is None
         assert api.call("DELETE", f"{tree}/exec/{session_id}").status == 204
-        assert waiting.read_response().status == 404
+        assert waiting.read_answer().status == 404
 
 
 # -- remove ----------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_remove_with_force(tree: str, api: Api, container: TestContainer) -> Non
     session_id = begin(api, container, "sleep", "1034")
     with sent(api, "POST", f"/exec/{session_id}/wait") as waiting:
         assert api.call("DELETE", f"{tree}/exec/{session_id}?force=1").status == 204
-        assert waiting.read_response().json["StatusCode"] == 137
+        assert waiting.read_answer().json["StatusCode"] == 137
     assert "sleep 1034" not in commands(container)
     assert api.call("GET", f"/exec/{session_id}/json").status == 404
 
@@ -669,8 +669,8 @@ def test_a_run_s_client_that_goes_takes_the_tree_along(tree: str, api: Api, cont
 def test_a_run_s_client_that_half_closes_gets_its_answer(api: Api, container: TestContainer) -> None:
     body = b'{"Cmd": ["sh", "-c", "sleep 1; echo done"]}'
     headers = {"Content-Type": "application/json"}
-    with RawConnection(api.socket) as connection:
+    with api.connect() as connection:
         target = f"/containers/{container.id}/exec/run"
-        connection.send(encode_request("POST", target, headers=headers, body=body))
+        connection.send(request_bytes("POST", target, headers=headers, body=body))
         connection.half_close()
-        assert connection.read_response().json["Stdout"] == "done\n"
+        assert connection.read_answer().json["Stdout"] == "done\n"

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
-from contract.api import Api, Stream
+from contract.api import Api
 from execgate.wire.stdcopy import STDERR, STDOUT, Demultiplexer
-from support.raw_http import RawConnection, Response, encode_request
+from support.api import Stream
+from support.raw import Answer, Connection, request_bytes
 from support.runtimes import TestContainer
 
 LIBPOD = "/v4.3.1/libpod"
@@ -29,7 +30,7 @@ def script(api: Api, container: TestContainer, text: str, **fields: Any) -> str:
     return begin(api, container, "sh", "-c", text, **fields)
 
 
-def post(api: Api, tree: str, session_id: str, verb: str, body: object = None) -> Response:
+def post(api: Api, tree: str, session_id: str, verb: str, body: object = None) -> Answer:
     """Send one of the verbs of a session; `verb` may have a query."""
     return api.call("POST", f"{tree}/exec/{session_id}/{verb}", body)
 
@@ -41,7 +42,7 @@ def wait(api: Api, session_id: str) -> Any:
     return response.json
 
 
-def message(response: Response) -> str:
+def message(response: Answer) -> str:
     """The text of an error in the form of either tree."""
     return str(response.json["message"])
 
@@ -54,7 +55,7 @@ def listing(api: Api, path: str, **filters: list[str]) -> list[Any]:
     return found
 
 
-def logs(api: Api, session_id: str, *, tree: str = "", **query: Any) -> Response:
+def logs(api: Api, session_id: str, *, tree: str = "", **query: Any) -> Answer:
     """Ask for captured output; the answer is read to its end."""
     return api.call("GET", f"{tree}/exec/{session_id}/logs?{urlencode(query)}")
 
@@ -67,9 +68,10 @@ def force_remove(api: Api, session_id: str) -> None:
 @contextlib.contextmanager
 def opened(api: Api, method: str, target: str, *, upgrade: bool = True) -> Iterator[Stream]:
     """Send a request without a body, and yield the stream that stands behind the head of its answer."""
-    with RawConnection(api.socket) as connection:
-        connection.send(encode_request(method, target, headers=UPGRADE if upgrade else None))
-        yield Stream(api.checked(method, target, connection.read_head()), connection)
+    with api.connect() as connection:
+        connection.send(request_bytes(method, target, headers=UPGRADE if upgrade else None))
+        head = api.checked(method, target, connection.read_head())
+        yield Stream(api, target.split("/exec/")[1].partition("/")[0], connection, head, multiplexed=True)
 
 
 @contextlib.contextmanager
@@ -82,12 +84,12 @@ def attached(api: Api, session_id: str, *, tree: str = "", upgrade: bool = True,
 
 
 @contextlib.contextmanager
-def sent(api: Api, method: str, target: str, body: object = None) -> Iterator[RawConnection]:
+def sent(api: Api, method: str, target: str, body: object = None) -> Iterator[Connection]:
     """Send a request and yield its connection, on which the answer is still to come."""
     headers = {"Content-Type": "application/json"} if body is not None else None
     data = None if body is None else json.dumps(body).encode()
-    with RawConnection(api.socket) as connection:
-        connection.send(encode_request(method, target, headers=headers, body=data))
+    with api.connect() as connection:
+        connection.send(request_bytes(method, target, headers=headers, body=data))
         yield connection
 
 
@@ -106,4 +108,4 @@ def output(data: bytes) -> bytes:
 
 def commands(container: TestContainer) -> list[str]:
     """The command lines of all processes of a container."""
-    return [" ".join(argv) for argv in container.processes()]
+    return [" ".join(argv) for argv in container.processes().values()]

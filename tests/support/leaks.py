@@ -1,10 +1,18 @@
-"""What a service holds: descriptors, threads, children, monitors, directories. Compare before and after."""
+"""What a service holds, and what runs in a container: compare before and after.
 
+A service holds descriptors, threads, children, monitors and directories. In a container that tests share, whatever
+one of them leaves behind stands in the way of the next: a process, its terminal, its open files.
+"""
+
+import contextlib
 import os
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.bundle import SLEEP_FOREVER
+from support.runtimes import TestContainer, pid_namespace, processes_within
 from support.service import Service
 
 
@@ -68,18 +76,66 @@ def assert_no_leaks(service: Service, before: Footprint, *, timeout: float = 10.
         time.sleep(0.02)
 
 
+class SharedContainer:
+    """What goes on in a container that tests share: its processes, its terminals, and who starts and watches them.
+
+    Its init must run, and live as long as this object is used.
+    """
+
+    def __init__(self, container: TestContainer) -> None:
+        self._id = os.fsencode(container.id)
+        init = container.init_pid  # asked once: a runtime takes its time to answer
+        self._namespace = pid_namespace(init)
+        self._terminals = Path(f"/proc/{init}/root/dev/pts")
+
+    def look(self) -> dict[str, str]:
+        """Say what there is by name: terminals, processes, and the conmon of each session, with what to tell of it.
+
+        A terminal keeps its number as long as somebody has it open: a conmon, which keeps it listed, or a process. A
+        session that is about to start has nothing in the container yet, but a conmon before its client has an answer.
+        """
+        found = {f"/dev/pts/{name}": "open" for name in os.listdir(self._terminals) if name.isdigit()}
+        found |= {f"pid {pid}": "conmon" for pid, argv in _conmons() if self._id in argv}
+        for pid, argv in processes_within(self._namespace).items():
+            if argv not in _IDLE:
+                found[f"pid {pid}"] = f"{' '.join(argv)}, {_terminal(pid)}"
+        return found
+
+
+# The init and its sleep are there for ever. A zombie holds nothing, and waits for the host's own init, not for a test.
+_IDLE = (list(SLEEP_FOREVER), ["sleep", "2147483"], [""])
+
+
+def assert_nothing_stays(container: SharedContainer, before: Collection[str], *, timeout: float = 10.0) -> None:
+    """Wait until `container` holds nothing but `before`; fail with the rest after `timeout` seconds.
+
+    This polls: there is no event for the end of a process that nobody has named.
+    """
+    deadline = time.monotonic() + timeout
+    while left := {name: what for name, what in container.look().items() if name not in before}:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"left behind in a shared container after {timeout:g} s: {left}")
+        time.sleep(0.02)
+
+
 def monitors(state_dir: Path) -> frozenset[int]:
     """The pids of the conmon processes below `state_dir`: a session's paths are on its command line."""
     marker = os.fsencode(state_dir)
-    return frozenset(
-        pid for pid in _pids() if (argv := _cmdline(pid)) and argv[0].endswith(b"conmon") and _mentions(argv, marker)
-    )
+    return frozenset(pid for pid, argv in _conmons() if _mentions(argv, marker))
 
 
 def resident_bytes(service: Service) -> int:
     """The memory the service has in RAM, in bytes."""
     pages = int(Path(f"/proc/{service.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _terminal(pid: int) -> str:
+    """Say which terminal a process has as one of its streams."""
+    with contextlib.suppress(OSError):
+        targets = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        return next((f"on {name}" for name in targets if name.startswith("/dev/pts/")), "on no terminal")
+    return "ending"
 
 
 def _descriptors(pid: int) -> tuple[str, ...]:
@@ -120,8 +176,11 @@ def _session_directories(state_dir: Path) -> frozenset[str]:
     )
 
 
-def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+def _conmons() -> Iterator[tuple[int, list[bytes]]]:
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        argv = _cmdline(pid)
+        if argv and argv[0].endswith(b"conmon"):
+            yield pid, argv
 
 
 def _cmdline(pid: int) -> list[bytes]:

@@ -1,4 +1,10 @@
-"""A client without manners: it sends the bytes it is told to, and reads what comes, over a unix or TCP socket."""
+"""HTTP by hand: requests that no library would send, and their answers byte for byte, over a unix or a TCP socket.
+
+A request is bytes, made here or by the test, sent whole, in pieces, or with more behind it. Everything blocks, with a
+deadline on the socket: what a test waits for comes, or the test fails with TimeoutError.
+
+`Connection` knows HTTP and nothing else; the exec API on top of it is `support.api`.
+"""
 
 import contextlib
 import json
@@ -8,41 +14,80 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from execgate.wire.stdcopy import Demultiplexer
-
-TIMEOUT = 15.0
-"""Seconds that a read waits before it counts as a hang; each is an upper bound, never slept."""
+TIMEOUT = 30.0
+"""Seconds that a read or a write waits before it counts as a hang; only ever spent on a failure."""
 
 Target = Path | tuple[str, int]
+"""Where a service listens: a unix socket, or a host and a port."""
+
+JSON = {"Content-Type": "application/json"}
+
+_RECEIVE = 256 * 1024
+_END_OF_HEAD = b"\r\n\r\n"
+
+
+def request_bytes(method: str, target: str, body: object = None, headers: Mapping[str, str] | None = None) -> bytes:
+    """Return the bytes of one request.
+
+    A `body` of bytes is sent as it is, anything else but None as JSON, with its Content-Type; both get a
+    Content-Length. `headers` come on top, and before what would be added. Nothing else is added but Host.
+    """
+    fields = {"Host": "localhost"}
+    data = b""
+    if isinstance(body, bytes):
+        data = body
+    elif body is not None:
+        data = json.dumps(body).encode()
+        fields |= JSON
+    if body is not None:
+        fields["Content-Length"] = str(len(data))
+    fields |= headers or {}
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + data
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One HTTP answer; header names are in lower case."""
+    """One HTTP answer. The names in `headers` are in lower case; `body` is without any transfer coding."""
 
     status: int
+    reason: str
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes = b""
 
+    @property
     def json(self) -> Any:
-        """The body as JSON."""
+        """The body, parsed."""
         return json.loads(self.body)
 
     @property
     def message(self) -> str:
-        """What Docker's clients show of an error; AssertionError when this is no error as they know it."""
+        """The text of an error; AssertionError when this is no error as Docker's clients know it."""
         assert self.status >= 400, self
-        assert self.headers.get("content-type", "").startswith("application/json"), self
-        message = self.json()["message"]
+        assert self.content_type == "application/json", self
+        value = self.json
+        assert isinstance(value, dict), self
+        assert list(value) == ["message"], self
+        message = value["message"]
         assert isinstance(message, str), self
         assert message, self
         return message
 
+    @property
+    def content_type(self) -> str:
+        """The media type without its parameters; empty when there is none."""
+        return self.headers.get("content-type", "").partition(";")[0]
 
-class RawConnection:
-    """One connection. What was read beyond an answer waits in `rest`."""
+
+class Connection:
+    """One connection to a service; use it in a `with`.
+
+    What has come and was not asked for yet waits in a buffer: every `read_…` looks there first. They raise EOFError
+    when the connection ends before what they look for, and ConnectionError when it breaks.
+    """
 
     def __init__(self, target: Target, *, timeout: float = TIMEOUT) -> None:
         if isinstance(target, Path):
@@ -51,19 +96,23 @@ class RawConnection:
         else:
             self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             address = target
-        self.socket.connect(address)  # before the timeout: without one it waits while the backlog is full
+        try:
+            self.socket.connect(address)  # before the timeout: without one it waits while the backlog is full
+        except BaseException:
+            self.socket.close()
+            raise
         self.socket.settimeout(timeout)
-        self.rest = b""
+        self._buffer = bytearray()
 
-    def __enter__(self) -> "RawConnection":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Close it."""
-        self.socket.close()
+    # -- sending
 
     def send(self, data: bytes) -> None:
         """Send all of it."""
@@ -77,47 +126,102 @@ class RawConnection:
             return False
         return True
 
+    def send_until_blocked(self, data: bytes, *, patience: float) -> int:
+        """Send until nothing more is taken for `patience` seconds, and return how many bytes were."""
+        view, sent = memoryview(data), 0
+        while sent < len(data) and select.select([], [self.socket], [], patience)[1]:
+            sent += self.socket.send(view[sent : sent + 65536], socket.MSG_DONTWAIT)
+        return sent
+
     def half_close(self) -> None:
-        """Say that nothing more will be sent."""
+        """Say that nothing more will be sent, and go on reading."""
         self.socket.shutdown(socket.SHUT_WR)
 
-    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """Send one ordinary request and return its answer."""
-        self.send(request_bytes(method, path, body, **headers))
-        return self.answer(head_only=method == "HEAD")
+    def close(self) -> None:
+        """Hang up. With input unread the kernel makes that a reset."""
+        self.socket.close()
 
-    def answer(self, *, head_only: bool = False) -> Answer:
-        """Read one answer, skipping `100 Continue`; ConnectionError when the connection ends before its end."""
-        while True:
-            status, headers = self.head()
-            if status != 100:
-                break
-        if head_only:
-            return Answer(status, headers, b"")
+    # -- requests and answers
+
+    def request(
+        self, method: str, target: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """Send one request and return its whole answer; the connection can be used again, as HTTP allows."""
+        self.send(request_bytes(method, target, body, headers))
+        return self.read_answer(method)
+
+    def read_answer(self, method: str = "GET") -> Answer:
+        """Read one answer to its end, by its framing; one without framing lasts until the connection ends."""
+        head = self.read_head()
+        bodiless = method == "HEAD" or head.status in (101, 204, 304)
+        return Answer(head.status, head.reason, head.headers, b"" if bodiless else self._read_body(head.headers))
+
+    def read_head(self) -> Answer:
+        """Read status line and headers and leave the body where it is. A header that comes twice is an error."""
+        lines = self.read_until(_END_OF_HEAD).removesuffix(_END_OF_HEAD).decode("latin-1").split("\r\n")
+        version, status, reason = lines[0].split(" ", 2)
+        assert version == "HTTP/1.1", lines
+        fields = [line.split(":", 1) for line in lines[1:]]
+        headers = {name.lower(): value.strip() for name, value in fields}
+        assert len(headers) == len(fields), f"a header is given twice: {lines}"
+        return Answer(int(status), reason, headers)
+
+    def read_chunks(self) -> Iterator[bytes]:
+        """Yield the chunks of a chunked body as they arrive, to its end."""
+        while size := int(self.read_until(b"\r\n").partition(b";")[0], 16):
+            yield self.read_exactly(size)
+            assert self.read_exactly(2) == b"\r\n"
+        assert self.read_until(b"\r\n") == b"\r\n", "trailers"
+
+    def read_json_lines(self) -> Iterator[Any]:
+        """Yield the JSON values of a chunked body that has one a line, as they arrive."""
+        rest = b""
+        for chunk in self.read_chunks():
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from map(json.loads, lines)
+        assert not rest, f"the stream ends within a line: {rest!r}"
+
+    def _read_body(self, headers: Mapping[str, str]) -> bytes:
         if headers.get("transfer-encoding") == "chunked":
-            return Answer(status, headers, self._chunks())
-        return Answer(status, headers, self._exactly(int(headers.get("content-length", "0"))))
+            return b"".join(self.read_chunks())
+        if "content-length" in headers:
+            return self.read_exactly(int(headers["content-length"]))
+        return self.read_to_end()
 
-    def head(self) -> tuple[int, dict[str, str]]:
-        """Read the head of an answer."""
-        while b"\r\n\r\n" not in self.rest:
-            self._more()
-        head, _, self.rest = self.rest.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        fields = (line.partition(":") for line in lines)
-        return int(first.split()[1]), {name.lower(): value.strip() for name, _, value in fields}
+    # -- bytes
 
-    def read(self, size: int) -> bytes:
-        """Return exactly `size` bytes."""
-        return self._exactly(size)
+    def read(self, size: int = _RECEIVE) -> bytes:
+        """Return at most `size` bytes as they come; b"" at the end."""
+        return self._take(size) if self._buffer else self.socket.recv(size)
 
-    def until_closed(self) -> bytes:
-        """Return all that comes until the other side ends the connection, in whatever way."""
-        data, self.rest = self.rest, b""
+    def unread(self, data: bytes) -> None:
+        """Put back what was read: it comes again, before what follows it."""
+        self._buffer[:0] = data
+
+    def read_exactly(self, size: int) -> bytes:
+        """Read `size` bytes."""
+        while len(self._buffer) < size:
+            self._receive()
+        return self._take(size)
+
+    def read_until(self, end: bytes) -> bytes:
+        """Read up to and including `end`: a prompt, a line."""
+        while (position := self._buffer.find(end)) < 0:
+            self._receive()
+        return self._take(position + len(end))
+
+    def read_to_end(self) -> bytes:
+        """Read until the service closes its side."""
+        while data := self.socket.recv(_RECEIVE):
+            self._buffer += data
+        return self._take(len(self._buffer))
+
+    def read_until_closed(self) -> bytes:
+        """Read until the other side ends the connection, in whatever way."""
         with contextlib.suppress(ConnectionError):
-            while chunk := self.socket.recv(1 << 20):
-                data += chunk
-        return data
+            while data := self.socket.recv(_RECEIVE):
+                self._buffer += data
+        return self._take(len(self._buffer))
 
     def closes_within(self, seconds: float) -> bool:
         """Whether the other side ends the connection in that time; what it sends before is dropped."""
@@ -125,150 +229,19 @@ class RawConnection:
         while (left := deadline - time.monotonic()) > 0:
             if select.select([self.socket], [], [], left)[0]:
                 try:
-                    if not self.socket.recv(1 << 16):
+                    if not self.socket.recv(_RECEIVE):
                         return True
                 except ConnectionError:
                     return True
         return False
 
-    def is_silent(self, seconds: float) -> bool:
-        """Whether nothing comes in that time, not even an end."""
-        return not self.rest and not select.select([self.socket], [], [], seconds)[0]
-
-    def _exactly(self, size: int) -> bytes:
-        while len(self.rest) < size:
-            self._more()
-        data, self.rest = self.rest[:size], self.rest[size:]
-        return data
-
-    def _chunks(self) -> bytes:
-        body = b""
-        while True:
-            while b"\r\n" not in self.rest:
-                self._more()
-            size, _, self.rest = self.rest.partition(b"\r\n")
-            chunk = self._exactly(int(size, 16) + 2)[:-2]
-            if not chunk:
-                return body
-            body += chunk
-
-    def _more(self) -> None:
-        data = self.socket.recv(1 << 16)
+    def _receive(self) -> None:
+        data = self.socket.recv(_RECEIVE)
         if not data:
-            raise ConnectionResetError(f"the connection ended behind {self.rest[-200:]!r}")
-        self.rest += data
+            raise EOFError(f"the connection ended after {bytes(self._buffer[-200:])!r}")
+        self._buffer += data
 
-
-class RawApi:
-    """The API as seen from `RawConnection`: one connection a request."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def connect(self, *, timeout: float = TIMEOUT) -> RawConnection:
-        """Open a connection."""
-        return RawConnection(self.target, timeout=timeout)
-
-    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
-        """Send one request on a connection of its own."""
-        with self.connect() as connection:
-            return connection.request(method, path, body, **headers)
-
-    def create(self, container: str, *cmd: str, attach: bool = True, **fields: Any) -> str:
-        """Create an exec and return its id."""
-        body = {"Cmd": list(cmd), "AttachStdout": attach, "AttachStderr": attach} | fields
-        answer = self.request("POST", f"/containers/{container}/exec", body)
-        assert answer.status == 201, answer
-        return str(answer.json()["Id"])
-
-    def start_detached(self, exec_id: str) -> Answer:
-        """Start an exec with nothing attached."""
-        return self.request("POST", f"/exec/{exec_id}/start", {"Detach": True})
-
-    def inspect(self, exec_id: str) -> dict[str, Any]:
-        """Return what inspect says."""
-        answer = self.request("GET", f"/exec/{exec_id}/json")
-        assert answer.status == 200, answer
-        inspected: dict[str, Any] = answer.json()
-        return inspected
-
-    @contextlib.contextmanager
-    def attached(
-        self, container: str, *cmd: str, stdin: bool = False, tty: bool = False, **fields: Any
-    ) -> Iterator["Attached"]:
-        """Create and start an exec, attached; the connection is closed at the end."""
-        exec_id = self.create(container, *cmd, AttachStdin=stdin, Tty=tty, **fields)
-        with self.connect() as connection:
-            yield Attached.start(self, connection, exec_id, tty=tty)
-
-    def wait_stopped(self, exec_id: str, *, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """Return what inspect says once the exec has ended. Polls: a client has no other way without a stream."""
-        deadline = time.monotonic() + timeout
-        while (inspected := self.inspect(exec_id))["Running"]:
-            assert time.monotonic() < deadline, f"still running after {timeout:g} s: {inspected}"
-            time.sleep(0.01)
-        return inspected
-
-
-@dataclass(slots=True)
-class Attached:
-    """A started exec and its stream."""
-
-    api: RawApi
-    connection: RawConnection
-    exec_id: str
-    tty: bool
-    status: int
-
-    @classmethod
-    def start(cls, api: RawApi, connection: RawConnection, exec_id: str, *, tty: bool = False) -> "Attached":
-        """Start an exec on a connection."""
-        connection.send(start_bytes(exec_id, tty=tty))
-        status, _ = connection.head()
-        return cls(api, connection, exec_id, tty, status)
-
-    def send(self, data: bytes) -> None:
-        """Write to its stdin."""
-        self.connection.send(data)
-
-    def echo(self, line: bytes) -> bytes:
-        """Write to its stdin and return as many bytes of its stdout, for a session that runs `cat`."""
-        self.send(line)
-        frame = self.connection.read(8 + len(line))
-        return frame[8:]
-
-    def finish(self) -> tuple[bytes, bytes]:
-        """Read to the end of the stream; return stdout and stderr. A TTY has only the first."""
-        data = self.connection.until_closed()
-        if self.tty:
-            return data, b""
-        demultiplexer = Demultiplexer()
-        pieces = demultiplexer.feed(data)
-        assert demultiplexer.at_boundary, f"the stream was cut within a frame: {data[-64:]!r}"
-        return (
-            b"".join(piece for stream, piece in pieces if stream == 1),
-            b"".join(piece for stream, piece in pieces if stream == 2),
-        )
-
-    def exit_code(self) -> int:
-        """Return the exit code that inspect has *now*: at the end of the stream it must be there."""
-        inspected = self.api.inspect(self.exec_id)
-        assert not inspected["Running"], inspected
-        return int(inspected["ExitCode"])
-
-
-def request_bytes(method: str, path: str, body: Any = None, **headers: str) -> bytes:
-    """Return an HTTP/1.1 request; `body` is bytes as they are, or something to be JSON. `_` in names means `-`."""
-    fields = {"Host": "docker"} | {name.replace("_", "-"): value for name, value in headers.items()}
-    data = b""
-    if body is not None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        fields = {"Content-Type": "application/json", "Content-Length": str(len(data))} | fields
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + data
-
-
-def start_bytes(exec_id: str, *, detach: bool = False, tty: bool = False) -> bytes:
-    """Return a start request as the docker CLI sends it."""
-    upgrade = {} if detach else {"Connection": "Upgrade", "Upgrade": "tcp"}
-    return request_bytes("POST", f"/exec/{exec_id}/start", {"Detach": detach, "Tty": tty}, **upgrade)
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return taken

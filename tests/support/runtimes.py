@@ -115,10 +115,9 @@ class TestContainer:
         """Send its init a signal; KILL ends every process of the container."""
         self.host.command("kill", self.id, signal)
 
-    def processes(self) -> list[list[str]]:
-        """The command lines of all its processes as the kernel shows them, by its pid namespace."""
-        namespace = Path(f"/proc/{self.init_pid}/ns/pid").readlink()
-        return [argv for pid_dir in Path("/proc").glob("[0-9]*") if (argv := _argv_within(pid_dir, namespace))]
+    def processes(self) -> dict[int, list[str]]:
+        """The command lines of all its processes as the kernel shows them, by their pids on the host."""
+        return processes_within(pid_namespace(self.init_pid))
 
     def delete(self) -> None:
         """End it and remove its state, if it has one; its bundle stays until the host's directory goes."""
@@ -150,10 +149,21 @@ def crun_host(directory: Path) -> RuntimeHost:
     return RuntimeHost("crun", view.wrap(program, directory / "crun"), directory, view)
 
 
-def _argv_within(pid_dir: Path, namespace: Path) -> list[str]:
+def pid_namespace(pid: int) -> Path:
+    """Return what tells the pid namespace of a process from all others, for as long as it exists."""
+    return Path(f"/proc/{pid}/ns/pid").readlink()
+
+
+def processes_within(namespace: Path) -> dict[int, list[str]]:
+    """Return the command line of each process in a pid namespace by its pid on the host; a zombie's is `[""]`."""
+    found = ((int(entry.name), _argv_within(entry, namespace)) for entry in Path("/proc").glob("[0-9]*"))
+    return {pid: argv for pid, argv in found if argv}
+
+
+def _argv_within(entry: Path, namespace: Path) -> list[str]:
     try:
-        if (pid_dir / "ns/pid").readlink() != namespace:
+        if (entry / "ns/pid").readlink() != namespace:
             return []
-        return (pid_dir / "cmdline").read_text().rstrip("\0").split("\0")
+        return (entry / "cmdline").read_text().rstrip("\0").split("\0")
     except OSError:  # it ended meanwhile
         return []

@@ -1,4 +1,4 @@
-"""A program in a terminal of its own, and somebody who types and looks."""
+"""A program in a terminal of its own, and somebody who types and looks; what a terminal inside a container says."""
 
 import fcntl
 import os
@@ -12,9 +12,29 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from support.programs import find_program
+from support.runtimes import TestContainer
 
 TIMEOUT = 30.0
 """Seconds that anybody waits for anything to appear."""
+
+
+def tell_size(container: TestContainer) -> tuple[str, ...]:
+    """Return a command that prints the size of its terminal, `rows columns`, when it was started with one.
+
+    Under runc the size must be there from the first command on. crun releases the process and sets the size behind
+    it (libcrun_container_exec_with_options), and what reads it at once may be faster: there the size must arrive.
+    """
+    return ("sh", "-c", tell_size_in_shell(container)) if container.host.name == "crun" else ("stty", "size")
+
+
+def tell_size_in_shell(container: TestContainer) -> str:
+    """Return what `tell_size` does as a line of shell."""
+    return f"{_UNTIL_THERE}; stty size" if container.host.name == "crun" else "stty size"
+
+
+# Where there is no size, busybox says so on stderr, with exit code 0: only the output tells. Two thousand looks take
+# seconds; then the line goes on, and shows what there is.
+_UNTIL_THERE = 'for look in $(seq 2000); do [ "$(stty size 2>/dev/null)" ] && break; done'
 
 
 class Terminal:

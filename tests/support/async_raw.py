@@ -1,4 +1,4 @@
-"""A client with nothing between the test and the wire: the Docker API over asyncio and a bare unix socket.
+"""`support.api` for many clients in one event loop: the exec API over asyncio and a bare unix socket.
 
 It sends exactly the bytes it is told to, together or apart, ends or breaks its side whenever the test says so, and
 is as fast as Python goes, so that what a test measures is the service.
