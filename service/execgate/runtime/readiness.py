@@ -13,17 +13,6 @@ async def readable(fd: int) -> None:
     await ReadWaiter(fd).wait()
 
 
-async def writable(fd: int) -> None:
-    """Return once `fd` can be written without blocking, or can never be again."""
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_writer(fd, _settle, ready)
-    try:
-        await ready
-    finally:
-        loop.remove_writer(fd)
-
-
 class ReadWaiter:
     """Waits until a descriptor is readable, or until somebody else has a reason to look again."""
 
@@ -48,6 +37,33 @@ class ReadWaiter:
         """End a wait that is under way."""
         if self._ready is not None:
             _settle(self._ready)
+
+
+class WriteWaiter:
+    """Waits until a descriptor can be written, or can never be again, or until its owner is about to close it."""
+
+    __slots__ = ("_fd", "_ready")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._ready: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Return once the descriptor is writable or `release` was called."""
+        loop = asyncio.get_running_loop()
+        ready = self._ready = loop.create_future()
+        loop.add_writer(self._fd, _settle, ready)
+        try:
+            await ready
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """End a wait that is under way and forget the descriptor, at once: its number may soon be another's."""
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            asyncio.get_running_loop().remove_writer(self._fd)
+            _settle(ready)
 
 
 def _settle(ready: asyncio.Future[None]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from execgate.runtime.readiness import Descriptor, ReadWaiter, writable
+from execgate.runtime.readiness import Descriptor, ReadWaiter, WriteWaiter
 from execgate.wire import attach
 
 READ_SIZE = 256 * 1024
@@ -70,11 +70,11 @@ class ExecStreams:
     input: Input | None = None
 
     def close(self) -> None:
-        """Let go of everything."""
-        for output in self.outputs:
-            output.close()
+        """Let go of everything; stdin first, because a terminal's two halves are one socket."""
         if self.input is not None:
             self.input.close()
+        for output in self.outputs:
+            output.close()
 
 
 def buffered(fd: int) -> int:
@@ -136,11 +136,12 @@ class PipeOutput:
 class PipeInput:
     """The write end of the pipe that is the process's stdin."""
 
-    __slots__ = ("_bulk", "_pipe")
+    __slots__ = ("_bulk", "_pipe", "_waiter")
 
     def __init__(self, pipe: Descriptor) -> None:
         os.set_blocking(pipe.fileno(), False)
         self._pipe = pipe
+        self._waiter = WriteWaiter(pipe.fileno())
         self._bulk = False
 
     async def write(self, data: bytes) -> None:
@@ -155,13 +156,14 @@ class PipeInput:
                 if not self._bulk:
                     self._bulk = True
                     _grow(self._pipe)
-                await writable(self._pipe.fileno())
+                await self._waiter.wait()
             except BrokenPipeError:
                 self.close()
                 raise InputClosed from None
 
     def close(self) -> None:
         """See `Input.close`."""
+        self._waiter.release()
         self._pipe.close()
 
 
@@ -210,10 +212,12 @@ class AttachOutput:
 class AttachInput:
     """The input half of conmon's attach socket. `blocked` says that conmon takes no more of it now."""
 
-    __slots__ = ("_socket", "blocked")
+    __slots__ = ("_closed", "_socket", "_waiter", "blocked")
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._waiter = WriteWaiter(connection.fileno())
+        self._closed = False
         self.blocked = False
 
     async def write(self, data: bytes) -> None:
@@ -222,12 +226,12 @@ class AttachInput:
             await self._send(packet)
 
     async def _send(self, packet: memoryview) -> None:
-        while self._socket.fileno() >= 0:
+        while not self._closed:
             try:
                 self._socket.send(packet)
             except BlockingIOError:
                 self.blocked = True
-                await writable(self._socket.fileno())
+                await self._waiter.wait()
                 self.blocked = False
             except OSError as error:  # EPIPE, ECONNRESET: conmon is gone
                 raise InputClosed from error
@@ -236,7 +240,9 @@ class AttachInput:
         raise InputClosed
 
     def close(self) -> None:
-        """See `Input.close`. A terminal's end of file is a character, not an event: nothing to do."""
+        """See `Input.close`. A terminal's end of file is a character, not an event: it is told nothing."""
+        self._closed = True
+        self._waiter.release()
 
 
 def _grow(pipe: Descriptor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from execgate.runtime.readiness import Descriptor, ReadWaiter, readable, writable
+from execgate.runtime.readiness import Descriptor, ReadWaiter, WriteWaiter, readable
 from execgate.runtime.streams import READ_SIZE, AttachInput, AttachOutput, InputClosed, PipeInput, PipeOutput, buffered
 
 SOON = 5.0
@@ -231,13 +231,26 @@ async def test_a_waiter_that_is_woken(pipe: Pipe) -> None:
 
 async def test_writable(pipe: Pipe) -> None:
     os.set_blocking(pipe.write.fileno(), False)
-    await asyncio.wait_for(writable(pipe.write.fileno()), SOON)
+    waiter = WriteWaiter(pipe.write.fileno())
+    await asyncio.wait_for(waiter.wait(), SOON)
     assert os.write(pipe.write.fileno(), b"x" * (1 << 20)) < 1 << 20, "it is not full"
-    waiting = asyncio.create_task(writable(pipe.write.fileno()))
+    waiting = asyncio.create_task(waiter.wait())
     await asyncio.sleep(0.01)
     assert not waiting.done()
     os.read(pipe.read.fileno(), 65536)
     await asyncio.wait_for(waiting, SOON)
+
+
+async def test_a_close_ends_a_write_that_waits(pipe: Pipe, attach: tuple[socket.socket, socket.socket]) -> None:
+    """And forgets the descriptor before its number can be another's."""
+    for stdin in (PipeInput(pipe.write), AttachInput(attach[0])):
+        writing = asyncio.create_task(stdin.write(b"x" * (4 << 20)))
+        await asyncio.sleep(0.01)
+        assert not writing.done()
+        stdin.close()
+        assert not asyncio.get_running_loop().remove_writer(attach[0].fileno())
+        with pytest.raises(InputClosed):
+            await asyncio.wait_for(writing, SOON)
 
 
 def test_a_descriptor_is_closed_once() -> None:
