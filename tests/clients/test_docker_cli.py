@@ -217,6 +217,11 @@ def events(docker: DockerCli, container: TestContainer) -> Iterator[dict[str, An
             listener.terminate()
 
 
+def _exit_code(event: dict[str, Any]) -> int | None:
+    code = event["Actor"]["Attributes"].get("exitCode")
+    return None if code is None else int(code)
+
+
 def host_pid(docker: DockerCli, container: TestContainer, command: str) -> int:
     """Return the pid on the host of the one process of the container with this command line."""
     listed = docker("top", container.id, "-o", "pid,args").stdout.decode().splitlines()
