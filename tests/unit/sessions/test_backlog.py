@@ -1,6 +1,7 @@
 """The backlog: one line of offsets, exact for every reader, and honest about what it lost."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -238,19 +239,25 @@ async def test_a_segment_that_was_made_and_not_written(tmp_path: Path) -> None:
 # -- a disk that is full
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may be larger than 4 KiB: the write that crosses that is short, the next one fails."""
+    """No file of this process may be larger than 4 KiB: the write that crosses that is short, the next one fails.
+
+    pytest's own output may be such a file: nothing may be reported meanwhile.
+    """
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-async def test_a_write_that_stops_half_way(tmp_path: Path, small_files: None) -> None:
+async def test_a_write_that_stops_half_way(tmp_path: Path) -> None:
     """It is taken back as a whole; what comes next begins a segment of its own, and the gap can be seen."""
-    backlog = await filled(tmp_path / "c", [(1, b"a" * 3000), (1, b"b" * 3000), (2, b"c" * 3000)])
+    with small_files():
+        backlog = await filled(tmp_path / "c", [(1, b"a" * 3000), (1, b"b" * 3000), (2, b"c" * 3000)])
     backlog.finish()
     assert backlog.failed
     assert backlog.end == 9000
