@@ -84,8 +84,7 @@ def test_tty_with_input(docker: DockerCli, container: TestContainer) -> None:
 def test_detached(docker: DockerCli, container: TestContainer) -> None:
     done = docker("exec", "-d", container.id, "sleep", "2147")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert ["sleep", "2147"] in container.processes().values()
-    os.kill(host_pid(docker, container, "sleep 2147"), signal.SIGKILL)
+    os.kill(container.wait_for_process("sleep", "2147"), signal.SIGKILL)
 
 
 def test_environment(docker: DockerCli, container: TestContainer, tmp_path: Path) -> None:

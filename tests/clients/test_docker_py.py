@@ -147,10 +147,11 @@ def test_exec_run_detached_returns_while_the_process_runs(
     docker_py: docker_sdk.DockerClient, k: Any, container: TestContainer
 ) -> None:
     assert k.exec_run(["sleep", "2147"], detach=True) == (None, "")
-    assert ["sleep", "2147"] in container.processes().values()
+    pid = container.wait_for_process("sleep", "2147")
     k.reload()
     (exec_id,) = k.attrs["ExecIDs"]
-    os.kill(docker_py.api.exec_inspect(exec_id)["Pid"], signal.SIGKILL)
+    assert docker_py.api.exec_inspect(exec_id)["Pid"] == pid
+    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("environment", [["A=1", "B=two words"], {"A": "1", "B": "two words"}])

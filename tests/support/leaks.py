@@ -64,7 +64,7 @@ def footprint(service: Service) -> Footprint:
     )
 
 
-def assert_no_leaks(service: Service, before: Footprint, *, timeout: float = 10.0) -> None:
+def assert_no_leaks(service: Service, before: Footprint, *, timeout: float = 30.0) -> None:
     """Wait until the service holds nothing more than `before`; fail with the rest after `timeout` seconds.
 
     This polls: there is no event for a descriptor that another process closes.
@@ -106,7 +106,7 @@ class SharedContainer:
 _IDLE = (list(SLEEP_FOREVER), ["sleep", "2147483"], [""])
 
 
-def assert_nothing_stays(container: SharedContainer, before: Collection[str], *, timeout: float = 10.0) -> None:
+def assert_nothing_stays(container: SharedContainer, before: Collection[str], *, timeout: float = 30.0) -> None:
     """Wait until `container` holds nothing but `before`; fail with the rest after `timeout` seconds.
 
     This polls: there is no event for the end of a process that nobody has named.

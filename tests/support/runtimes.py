@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,20 @@ class TestContainer:
     def processes(self) -> dict[int, list[str]]:
         """The command lines of all its processes as the kernel shows them, by their pids on the host."""
         return processes_within(pid_namespace(self.init_pid))
+
+    def wait_for_process(self, *argv: str, timeout: float = 30.0) -> int:
+        """Wait until a process has this command line, and return its pid on the host.
+
+        A start is over once the pid is known; the pid's execve may still be to come.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            for pid, found in self.processes().items():
+                if found == list(argv):
+                    return pid
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no process {argv} in {self.id}: {self.processes()}")
+            time.sleep(0.01)
 
     def delete(self) -> None:
         """End it and remove its state, if it has one; its bundle stays until the host's directory goes."""
