@@ -25,6 +25,7 @@ from execgate import (
 )
 from support.runtimes import TestContainer
 from support.service import Service
+from support.tty import tell_size, tell_size_in_shell
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -164,7 +165,7 @@ async def test_one_stream_of_two(client: Client, container: TestContainer) -> No
 
 
 async def test_a_terminal(client: Client, container: TestContainer) -> None:
-    script = "until stty size 2>/dev/null; do :; done; read x; stty size; echo [$x]; exit 5"
+    script = f"{tell_size_in_shell(container)}; read x; stty size; echo [$x]; exit 5"
     session_id = await client.create(container.id, ["sh", "-c", script], tty=True, attach_stdin=True)
     async with await client.start(session_id, size=ConsoleSize(30, 100)) as stream:
         await until(stream, b"30 100\r\n")
@@ -178,9 +179,7 @@ async def test_a_terminal(client: Client, container: TestContainer) -> None:
 
 
 async def test_a_size_before_the_start(client: Client, container: TestContainer) -> None:
-    # crun sets the size from outside, when the process may run already; until then stty fails.
-    script = "until stty size 2>/dev/null; do :; done"
-    session_id = await client.create(container.id, ["sh", "-c", script], tty=True, attach_stdin=True)
+    session_id = await client.create(container.id, tell_size(container), tty=True, attach_stdin=True)
     await client.resize(session_id, 11, 22)
     assert await collected(await client.start(session_id)) == (b"11 22\r\n", b"")
 

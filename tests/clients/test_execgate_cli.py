@@ -14,7 +14,7 @@ import pytest
 from support.clients import Cli
 from support.runtimes import TestContainer
 from support.service import Service, execgate_program
-from support.tty import Terminal
+from support.tty import Terminal, tell_size_in_shell
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -266,7 +266,7 @@ def test_no_prefix_at_all(execgate: ExecgateCli, detached: str) -> None:
 def test_a_terminal(execgate: ExecgateCli, container: TestContainer) -> None:
     with enter(execgate, container, "sh", rows=33, columns=77) as person:
         person.expect(PROMPT)
-        person.type("stty size; tty >/dev/null && echo ter''minal\r")
+        person.type(f"{tell_size_in_shell(container)}; tty >/dev/null && echo ter''minal\r")
         person.expect("33 77\r\nterminal\r\n")
         person.type("exec sh -c 'echo it\"\"runs; exec sleep 2147'\r")
         person.expect("\r\nitruns\r\n")

@@ -14,7 +14,7 @@ import pytest
 from support.api import RawApi
 from support.clients import PodmanRemote
 from support.runtimes import TestContainer
-from support.tty import Terminal
+from support.tty import Terminal, tell_size_in_shell
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -163,7 +163,7 @@ def test_tty_without_a_terminal_of_ones_own(podman: PodmanRemote, container: Tes
 def test_a_shell_in_a_terminal(podman: PodmanRemote, container: TestContainer) -> None:
     with Terminal(podman.argv("exec", "-it", container.id, "sh"), podman.env, rows=33, columns=77) as person:
         person.expect(PROMPT)
-        person.type("stty size; echo $TERM\r")
+        person.type(f"{tell_size_in_shell(container)}; echo $TERM\r")
         person.expect("\r\n33 77\r\nxterm\r\n" + PROMPT)
         person.type("exit 7\r")
         assert person.wait() == 7
