@@ -61,9 +61,13 @@ class SessionStore:
         self._created: set[SessionId] = set()
         with _translated(path):
             self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None)
-            path.chmod(0o600)
-            self._prepare(boot_id)
-            rows = self._db.execute("SELECT id, record FROM session ORDER BY created_at").fetchall()
+            try:
+                path.chmod(0o600)
+                self._prepare(boot_id)
+                rows = self._db.execute("SELECT id, record FROM session ORDER BY created_at").fetchall()
+            except BaseException:
+                self._db.close()
+                raise
         for session_id, record in rows:
             try:
                 self._remember(_load_as(path, session_id, record))
