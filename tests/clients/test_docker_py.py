@@ -22,6 +22,10 @@ from support.tty import tell_size
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    # From Python 3.13 on the response that docker-py has forgotten minds that its socket was closed.
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <http.client.HTTPResponse:pytest.PytestUnraisableExceptionWarning"
+    ),
 ]
 
 BOTH = ["sh", "-c", "echo out; echo err >&2"]
