@@ -19,6 +19,7 @@ All methods are synchronous, do short local file reads, and may be called from s
 
 import logging
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,9 +188,10 @@ class Catalog:
 
     def _lookup(self, container_id: ContainerId) -> _Entry | None:
         """Return one entry by its full id."""
+        # A name that a scan once found, in whichever root, needs no other scan: a look at each root is enough.
+        scanned = any(f"{root.dir}/{container_id}" in self._entries for root in self._roots)
         for root in self._roots:
-            # A name that a scan once found needs no other: if it is gone, its state file is.
-            if f"{root.dir}/{container_id}" in self._entries or container_id in self._names(root):
+            if _is_directory(f"{root.dir}/{container_id}") if scanned else container_id in self._names(root):
                 entry = self._load(root, container_id)
                 if entry is not None:
                     return entry
@@ -348,6 +350,14 @@ def _spec_path(directory: str, bundle: Path) -> str:
     """Return crun's copy of the configuration if there is one, else the bundle's own."""
     copy = f"{directory}/config.json"
     return copy if _key_or_none(copy) is not None else f"{bundle}/config.json"
+
+
+def _is_directory(path: str) -> bool:
+    """Whether `path` itself is a directory: symlinks in a state root are nobody's."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _key_or_none(path: str | Path) -> FileKey | None:
