@@ -249,9 +249,9 @@ class ConmonRuntime:
         runtime = request.container.runtime
         arguments = [str(self._conmon), "--api-version", "1", "--sync"]
         arguments += ["-c", request.container.id, "-u", request.session_id, "-n", request.container.name]
-        arguments += ["-r", str(runtime.path), "-b", str(directory), "-p", str(directory / "pid")]
-        arguments += ["--exit-dir", str(directory / "exit"), "--full-attach", "--log-level", "error"]
-        for argument in (f"--root={runtime.root}", f"--log={directory / 'oci-log'}", "--log-format=json"):
+        arguments += ["-r", str(runtime.path), "-b", str(directory), "-p", f"{directory}/pid"]
+        arguments += ["--exit-dir", f"{directory}/exit", "--full-attach", "--log-level", "error"]
+        for argument in (f"--root={runtime.root}", f"--log={directory}/oci-log", "--log-format=json"):
             arguments += ["--runtime-arg", argument]
         if request.tty:
             arguments += ["-l", "none", "-t", "-i", "--leave-stdin-open"]
@@ -262,7 +262,7 @@ class ConmonRuntime:
             arguments += ["--timeout", str(math.ceil(request.timeout) + _TIMEOUT_MARGIN)]
         if request.preserved:
             arguments += ["--runtime-opt", f"--preserve-fds={len(request.preserved)}"]
-        return [*arguments, "-e", "--exec-process-spec", str(directory / "process.json")]
+        return [*arguments, "-e", "--exec-process-spec", f"{directory}/process.json"]
 
 
 class ConmonExec:
@@ -683,12 +683,19 @@ def _copy_above(fd: int, least: int, theirs: contextlib.ExitStack) -> int:
 
 def _write_files(directory: Path, process: Mapping[str, Any], held: Mapping[int, int]) -> None:
     """Write what conmon and its runtime read once they are let go, and what the next service reads."""
-    (directory / "exit").mkdir(mode=0o700)
-    (directory / _HELD).write_text(json.dumps(held), encoding="ascii")
-    fd = os.open(directory / "process.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:  # noqa: PTH123  (a descriptor, not a path)
-        # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
-        file.write(json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
+    text = str(directory)
+    os.mkdir(f"{text}/exit", 0o700)  # noqa: PTH102  (Path costs more than the system call)
+    _write_new(f"{text}/{_HELD}", json.dumps(held).encode("ascii"))
+    # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
+    _write_new(f"{text}/process.json", json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
+
+
+def _write_new(path: str, data: bytes) -> None:
+    """Write a private file that is not there yet. OSError."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:  # noqa: PTH123
+        view = memoryview(data)
+        while view:
+            view = view[file.write(view) :]
 
 
 def _remove_directory(directory: Path) -> None:
