@@ -153,7 +153,9 @@ class HijackedStream(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Take the client's end of input for what it is, and keep the connection open for the output."""
-        if _hung_up(self._transport.get_extra_info("socket")):  # it has not ended its input, it is gone
+        connection: socket.socket = self._transport.get_extra_info("socket")
+        # Not ended its input, but gone: over TCP the two look alike.
+        if connection.family == socket.AF_UNIX and hung_up(connection):
             self._transport.abort()
         self._eof = True
         self._arrived.set()
@@ -228,10 +230,8 @@ class HijackedStream(asyncio.Protocol):
         self._input_size = 0
 
 
-def _hung_up(connection: socket.socket) -> bool:
-    """Return whether the peer of a unix socket has closed it, rather than its sending half; TCP cannot tell."""
-    if connection.family != socket.AF_UNIX:
-        return False
+def hung_up(connection: socket.socket) -> bool:
+    """Return whether a connection is closed in both directions: on a unix socket, whether the peer has closed it."""
     poll = select.poll()
     poll.register(connection.fileno(), 0)  # POLLHUP is told always, poll(2)
     return any(events & select.POLLHUP for _, events in poll.poll(0))

@@ -7,7 +7,6 @@ import asyncio
 import base64
 import binascii
 import re
-import select
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from execgate.http.bodies import RunBody, read_body
 from execgate.http.dialects import MULTIPLEXED_STREAM, RAW_STREAM, Dialect
 from execgate.http.filters import parse_filters
 from execgate.http.front import front_of
-from execgate.http.hijack import HijackedStream
+from execgate.http.hijack import HijackedStream, hung_up
 from execgate.http.query import flag
 from execgate.http.routes.execs import exec_config
 from execgate.http.takeover import AlreadyAnswered, hijack
@@ -294,15 +293,11 @@ async def _gone(request: web.Request) -> None:
     await front_of(request).client_left()
     async for _ in _ticks():
         transport = request.transport
-        if transport is None or transport.is_closing():
-            return
-        poll = select.poll()
-        poll.register(transport.get_extra_info("socket").fileno(), 0)
-        if any(events & select.POLLHUP for _, events in poll.poll(0)):
+        if transport is None or transport.is_closing() or hung_up(transport.get_extra_info("socket")):
             return
 
 
 async def _ticks() -> AsyncIterator[None]:
     while True:
         yield
-        await asyncio.sleep(_HANG_UP_POLL)  # the loop watches for data and its end; it has no event for a hang-up
+        await asyncio.sleep(_HANG_UP_POLL)  # the loop watches for data and its end, and for nothing behind that
