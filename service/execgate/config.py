@@ -8,13 +8,18 @@ import os
 import shutil
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from execgate.containers.catalog import RuntimeRoot, default_roots
+from execgate.containers.catalog import LabelFilter
+from execgate.containers.engines.oci import default_roots
+from execgate.containers.engines.places import Places, find_places
+from execgate.containers.states import RuntimeRoot
 from execgate.http.listeners import Address, parse_address
+from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
 from execgate.runtime.conmon import longest_state_dir
 
@@ -22,6 +27,7 @@ ENVIRONMENT_PREFIX = "EXECGATE_"
 DEFAULT_FILE = Path("/etc/execgate/execgate.toml")
 DEFAULT_LISTEN = "unix:///run/execgate.sock"
 RUNTIMES = ("runc", "crun")
+_PLACES = tuple(field.name for field in fields(Places) if field.name != "runtimes")
 
 
 def _split(value: object) -> object:
@@ -59,6 +65,16 @@ class Config(BaseModel):
     runtime_roots: _List = []
     runtimes: Annotated[dict[str, _Path], BeforeValidator(_pairs)] = {}
     conmon: _Path | None = None
+    engines: Annotated[list[EngineName], BeforeValidator(_split)] = list(EngineName)
+    container_labels: _List = []
+    docker_data_root: _Path | None = None
+    docker_exec_root: _Path | None = None
+    containerd_root: _Path | None = None
+    containerd_state: _Path | None = None
+    containerd_runc_root: _Path | None = None
+    nerdctl_root: _Path | None = None
+    storage_graph_root: _Path | None = None
+    storage_run_root: _Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
@@ -99,13 +115,25 @@ class Config(BaseModel):
     def roots(self) -> list[RuntimeRoot]:
         """Return the state roots to look at: the configured ones, else the runtimes' usual places."""
         if not self.runtime_roots:
-            return default_roots(os.environ, uid=os.getuid())
+            return default_roots(os.environ, user=_is_user())
         return [_root(text) for text in self.runtime_roots]
 
+    def places(self) -> Places:
+        """Return where engines keep their files: where we are told, else where their own configuration says."""
+        found = find_places(os.environ, user=_is_user())
+        told = {name: getattr(self, name) for name in _PLACES if getattr(self, name) is not None}
+        return replace(found, **told)
+
     def runtime_paths(self) -> dict[str, Path]:
-        """Return each runtime's program: the configured one, else the one on the PATH; without it, none."""
+        """Return each runtime's program: the configured one, else Podman's, else that on the PATH; without it, none."""
         found = {name: shutil.which(name) for name in RUNTIMES}
-        return {name: Path(path) for name, path in found.items() if path} | self.runtimes
+        on_path = {name: Path(path) for name, path in found.items() if path}
+        return on_path | dict(self.places().runtimes) | self.runtimes
+
+    def label_filters(self) -> list[LabelFilter]:
+        """Return the labels that a container must have to be shown."""
+        pairs = (text.partition("=") for text in self.container_labels)
+        return [(name, value if equals else None) for name, equals, value in pairs]
 
     def conmon_path(self) -> Path | None:
         """Return conmon: the configured one, else the one on the PATH or where distributions put it."""
@@ -157,6 +185,11 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ")
     return f"{origin.get(name, 'configuration')}: {where}: {message}"
+
+
+def _is_user() -> bool:
+    """Return whether the containers of an unprivileged user are meant, who may be root of a user namespace by now."""
+    return os.geteuid() != 0 or bool(os.environ.get("_CONTAINERS_ROOTLESS_UID"))
 
 
 def _root(text: str) -> RuntimeRoot:

@@ -21,6 +21,7 @@ from typing import Unpack
 from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
+from execgate.containers.host import host_catalog
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
 from execgate.model.options import ExecOptions, exec_config
@@ -29,6 +30,7 @@ from execgate.oci import capabilities
 from execgate.runtime.conmon import ConmonRuntime
 from execgate.runtime.rootfs import read_in_container
 from execgate.runtime.tree import SessionCgroups
+from execgate.runtime.versions import BACKPORTS, runtime_version
 from execgate.sessions.events import EventBus
 from execgate.sessions.live import BOTH
 from execgate.sessions.local import LocalStream
@@ -157,6 +159,7 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
         captures = config.state_dir / "captures"
         captures.mkdir(mode=0o700, exist_ok=True)
         catalog = catalog_of(config)
+        await asyncio.to_thread(_look_around, catalog, config)
         manager = SessionManager(
             containers=catalog,
             runtime=_runtime(config, cgroups),
@@ -176,8 +179,24 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
 
 
 def catalog_of(config: Config) -> Catalog:
-    """Return the catalog of the configured roots."""
-    return Catalog(config.roots(), config.runtime_paths())
+    """Return the catalog of the configured engines."""
+    return host_catalog(
+        config.places(),
+        config.roots(),
+        config.runtime_paths(),
+        engines=config.engines,
+        labels=config.label_filters(),
+    )
+
+
+def _look_around(catalog: Catalog, config: Config) -> None:
+    """Read what there is once, so that the first request need not, and warn of runtimes with known holes. Blocks."""
+    with contextlib.suppress(Unavailable):
+        found = catalog.list()
+        programs = {container.runtime.path for container in found if container.init is not None}
+        for program in sorted(programs | set(config.runtime_paths().values())):
+            for warning in runtime_version(program).warnings:
+                log.warning("%s: %s (%s)", program, warning, BACKPORTS)
 
 
 def limits_of(config: Config) -> Limits:

@@ -168,6 +168,7 @@ def write_config(directory: Path, hosts: Sequence[RuntimeHost]) -> Path:
         f"listen = [{json.dumps(f'unix://{directory / _SOCKET_NAME}')}]",
         f"state_dir = {json.dumps(str(directory / _STATE_NAME))}",
         f"runtime_roots = {json.dumps([f'{host.name}={host.root}' for host in hosts])}",
+        'engines = ["oci"]',
         "[runtimes]",
         *(f"{host.name} = {json.dumps(str(host.program))}" for host in hosts),
     ]

@@ -163,15 +163,16 @@ def test_the_environment_of_an_exec(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_containers_of_an_empty_root(tmp_path: Path, form: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["containers", *form, "--runtime-root", f"runc={tmp_path}"]) == 0
+    assert cli.main(["containers", *form, "--engine=oci", "--runtime-root", f"runc={tmp_path}"]) == 0
     out = capsys.readouterr().out
-    assert json.loads(out) == [] if form else out.split() == ["NAME", "RUNTIME", "STATUS", "CREATED", "ID"]
+    titles = ["NAME", "ENGINE", "RUNTIME", "STATUS", "CREATED", "IMAGE", "ID"]
+    assert json.loads(out) == [] if form else out.split() == titles
 
 
 def test_a_broken_container_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/state.json").write_text("{")
-    assert cli.main(["containers", "--runtime-root", f"runc={tmp_path}"]) == 0
+    assert cli.main(["containers", "--engine=oci", "--runtime-root", f"runc={tmp_path}"]) == 0
     assert str(tmp_path / "broken") in capsys.readouterr().err
 
 

@@ -92,7 +92,7 @@ def test_pure_floors(module: Path) -> None:
     [
         ("aiohttp", {"http", "client"}),
         ("pydantic", {"http", "config", "sessions"}),
-        ("sqlite3", {"sessions"}),
+        ("sqlite3", {"sessions", "containers"}),
         ("uvloop", {"cli"}),
     ],
 )

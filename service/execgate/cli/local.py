@@ -1,4 +1,4 @@
-"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`."""
+"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`."""
 
 import argparse
 import asyncio
@@ -6,12 +6,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from execgate import logs
+from execgate.cli import doctor
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of
+from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument
 from execgate.model.session import ExecSession, SessionState
 from execgate.sessions.store import read_sessions
@@ -57,6 +60,7 @@ def add_commands(commands: Any) -> None:
     )
     for table in (containers, sessions):
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.add_command(partial(_command, commands))
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
 
 
@@ -73,6 +77,21 @@ def _command(
         action="append",
         metavar="[RUNTIME=]DIR",
         help="where a runtime keeps its container states; repeatable (default: the usual places of runc and crun)",
+    )
+    parser.add_argument(
+        "--engine",
+        dest="engines",
+        action="extend",
+        type=_list,
+        metavar="NAME[,NAME…]",
+        help=f"whose containers are shown: {', '.join(EngineName)}; repeatable (default: all that are found)",
+    )
+    parser.add_argument(
+        "--container-label",
+        dest="container_labels",
+        action="append",
+        metavar="K[=V]",
+        help="show only containers with this label; repeatable, all must match",
     )
     parser.add_argument(
         "--runtime",
@@ -112,17 +131,49 @@ def _containers(config: Config, arguments: argparse.Namespace) -> int:
     catalog = catalog_of(config)
     found = catalog.list()
     if arguments.json:
-        keys = ("Id", "Name", "Runtime", "Status", "Pid", "Bundle")
-        rows = [(c.id, c.name, c.runtime.name, c.status, c.init.pid if c.init else 0, str(c.bundle)) for c in found]
-        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        print(json.dumps([_container(container) for container in found], indent=2))
     else:
         table = [
-            (c.name, c.runtime.name, c.status, ago(c.created), c.id[:12] if len(c.id) == 64 else c.id) for c in found
+            (
+                shown(c.name),
+                c.engine,
+                c.runtime.name,
+                c.status,
+                ago(c.created) if c.created else "",
+                shown(c.image),
+                c.id[:12] if len(c.id) == 64 else c.id,
+            )
+            for c in found
         ]
-        print_table(("NAME", "RUNTIME", "STATUS", "CREATED", "ID"), table)
-    for path, reason in catalog.problems():
-        print(f"execgate: {path}: {reason}", file=sys.stderr)
+        print_table(("NAME", "ENGINE", "RUNTIME", "STATUS", "CREATED", "IMAGE", "ID"), table)
+    for place, reason in catalog.problems():
+        print(f"execgate: left out: {shown(place, 512)}: {shown(reason, 512)}", file=sys.stderr)
     return 0
+
+
+def _container(container: Container) -> dict[str, Any]:
+    return {
+        "Id": container.id,
+        "Name": container.name,
+        "Aliases": list(container.aliases),
+        "Engine": container.engine,
+        "Runtime": container.runtime.name,
+        "RuntimePath": str(container.runtime.path),
+        "RuntimeRoot": str(container.runtime.root),
+        "Status": container.status,
+        "Pid": container.init.pid if container.init else 0,
+        "Created": rfc3339(container.created or None),
+        "Image": container.image,
+        "User": container.user,
+        "Tty": container.tty,
+        "StopTimeout": container.stop_timeout,
+        "Labels": dict(container.labels),
+        "Bundle": str(container.bundle),
+    }
+
+
+def _list(value: str) -> list[str]:
+    return value.replace(",", " ").split()
 
 
 def _sessions(config: Config, arguments: argparse.Namespace) -> int:

@@ -33,11 +33,13 @@ class RuntimeState:
     """What a runtime wrote about a container, when it made it.
 
     `init` was its first process and may be long gone. `created` is seconds since the epoch, 0.0 if not said.
+    `systemd_cgroup`: it was told to let systemd make the cgroups.
     """
 
     init: ProcessIdentity
     bundle: Path
     created: float
+    systemd_cgroup: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,15 @@ def parse_runc(container_id: ContainerId, state: Mapping[str, Any]) -> RuntimeSt
     if state.get("id") != container_id:
         raise MalformedError("its id is not the name of its directory")
     config = state.get("config")
-    labels = config.get("labels") if isinstance(config, Mapping) else None
+    config = config if isinstance(config, Mapping) else {}
+    labels, cgroups = config.get("labels"), config.get("cgroups")
     texts = [label for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
     bundle = next((text.removeprefix("bundle=") for text in texts if text.startswith("bundle=")), None)
     return RuntimeState(
         _identity(state, "init_process_pid", "init_process_start"),
         _bundle(bundle),
-        _time(state.get("created")),
+        parse_time(state.get("created")),
+        isinstance(cgroups, Mapping) and cgroups.get("Systemd") is True,
     )
 
 
@@ -74,7 +78,8 @@ def parse_crun(_container_id: ContainerId, status: Mapping[str, Any]) -> Runtime
     return RuntimeState(
         _identity(status, "pid", "process-start-time"),
         _bundle(status.get("bundle")),
-        _time(status.get("created")),
+        parse_time(status.get("created")),
+        status.get("systemd-cgroup") is True,
     )
 
 
@@ -102,12 +107,15 @@ def _bundle(path: object) -> Path:
     return Path(path)
 
 
-def _time(text: object) -> float:
-    """Seconds since the epoch of an RFC 3339 time; 0.0 for anything else: only lists depend on it."""
+def parse_time(text: object) -> float:
+    """Return an RFC 3339 time in seconds since the epoch; 0.0 for anything else and for Go's zero time.
+
+    Only lists depend on it.
+    """
     try:
         moment = datetime.fromisoformat(text) if isinstance(text, str) else None
     except ValueError:
         moment = None
     if moment is None:
         return 0.0
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())

@@ -19,6 +19,10 @@ Route = tuple[str, str, Handler]
 
 _VERSION = r"/v{version:[0-9.]+}"
 
+_NAME = "{name}"
+_ANY_NAME = r"{name:.+}"
+"""A container's name may have slashes: `pod/container`. Clients send them as they are, or as %2F."""
+
 
 class RouteGroup(Protocol):
     """Some routes that belong together."""
@@ -35,13 +39,18 @@ class Tree:
     groups: Sequence[RouteGroup]
 
     def routes(self) -> Iterator[Route]:
-        """Yield every route as the router takes it: with a version and, where the dialect has that, without."""
-        for group in self.groups:
-            for method, path, handler in group.routes():
-                checked = self._with_known_version(handler)
-                yield method, _VERSION + self.dialect.prefix + path, checked
-                if not self.dialect.versioned_only:
-                    yield method, self.dialect.prefix + path, checked
+        """Yield every route as the router takes it: with a version and, where the dialect has that, without.
+
+        The router takes the first that fits, and a name fits much: `/containers/NAME/exec/json` comes before
+        `/containers/NAME/json`.
+        """
+        routes = [route for group in self.groups for route in group.routes()]
+        for method, plain_path, handler in sorted(routes, key=lambda route: -route[1].count("/")):
+            path = plain_path.replace(_NAME, _ANY_NAME)
+            checked = self._with_known_version(handler)
+            yield method, _VERSION + self.dialect.prefix + path, checked
+            if not self.dialect.versioned_only:
+                yield method, self.dialect.prefix + path, checked
 
     def _with_known_version(self, handler: Handler) -> Handler:
         async def checked(request: web.Request) -> web.StreamResponse:

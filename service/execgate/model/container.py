@@ -1,4 +1,4 @@
-"""A container as execgate sees it: who it is, which runtime holds it, what the kernel says of it now."""
+"""A container as execgate sees it: who it is, which engine and runtime hold it, what the kernel says of it now."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,16 +18,28 @@ class ContainerStatus(StrEnum):
     EXITED = "exited"
 
 
+class EngineName(StrEnum):
+    """Who made a container; `OCI` is a runtime that was called by hand, or by somebody who leaves no records."""
+
+    DOCKER = "docker"
+    PODMAN = "podman"
+    CONTAINERD = "containerd"
+    CRIO = "crio"
+    OCI = "oci"
+
+
 @dataclass(frozen=True, slots=True)
 class OciRuntime:
     """The runtime program that made a container, and where it keeps its states.
 
-    `path` is absolute; `root` is what `--root` gets.
+    `path` is absolute, or only a name while the container does not run; `root` is what `--root` gets.
+    `systemd_cgroup`: it was told to let systemd make the cgroups, and has to be told again.
     """
 
     name: str
     path: Path
     root: Path
+    systemd_cgroup: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +57,30 @@ class ContainerBinding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExecManner:
+    """In what an engine's own exec departs from "the container's process, with other arguments".
+
+    `own_terminal`: the container's TERM was put there for its own terminal, and is none of an exec without one.
+    `home_of_user`: HOME is that of the user of the exec, whatever the container's environment says.
+    """
+
+    own_terminal: bool = False
+    home_of_user: bool = False
+
+
+PLAIN = ExecManner()
+"""No departure at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
     """One container, as it was when it was looked up.
 
-    `init` is None once the init process is gone. `created` is seconds since the epoch. `annotations` are the
-    bundle's; Docker clients see them as labels.
+    `name` is what its users call it, `aliases` are further names it answers to. `init` is None once the init process
+    is gone. `created` is seconds since the epoch. `labels` are the engine's; a bare runtime has only the annotations
+    of the bundle. `command` and `tty` are those of its init. `user` is as the engine was told (`app`, `1000:1000`;
+    empty: root, or not known). `stop_timeout` is in seconds, None when nobody said one, `exit_code` None when it has
+    not ended or nobody knows.
     """
 
     id: ContainerId
@@ -58,5 +89,16 @@ class Container:
     bundle: Path
     status: ContainerStatus
     created: float
+    engine: EngineName = EngineName.OCI
+    aliases: tuple[str, ...] = ()
     init: ProcessIdentity | None = None
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    image: str = ""
+    image_id: str = ""
+    command: tuple[str, ...] = ()
+    user: str = ""
+    tty: bool = False
+    privileged: bool = False
+    stop_timeout: float | None = None
+    exit_code: int | None = None
+    manner: ExecManner = PLAIN

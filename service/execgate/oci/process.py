@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
+from execgate.model.container import PLAIN, ExecManner
 from execgate.model.errors import InvalidArgument
 from execgate.oci.text import shown
 from execgate.oci.users import container_user
@@ -53,12 +54,13 @@ def build_process(
     *,
     console_size: ConsoleSize | None,
     all_capabilities: Sequence[str],
+    manner: ExecManner = PLAIN,
 ) -> dict[str, Any]:
     """Return the process.json of an exec, ready for `json.dumps`.
 
     `container_process` is `process` of the container's config.json, any part of which may be missing. It is not
     changed, and the result shares its parts. `console_size` counts only with a TTY; `all_capabilities` are what
-    Privileged means.
+    Privileged means; `manner` is how the container's engine departs from all this.
     """
     process = dict(container_process)  # what is inside is shared, and replaced where it differs
     # The container's terminal is not ours, and commandLine is the arguments in the Windows form.
@@ -69,7 +71,10 @@ def build_process(
     process["terminal"] = config.tty
     if config.tty and console_size is not None and (console_size.height or console_size.width):
         process["consoleSize"] = {"height": console_size.height, "width": console_size.width}
-    process["env"] = _environment(process.get("env") or (), config, user.home)
+    inherited = process.get("env") or ()
+    if manner.own_terminal:
+        inherited = [entry for entry in inherited if not entry.startswith("TERM=")]
+    process["env"] = _environment(inherited, config, user.home)
     process["user"] = _user(process.get("user"), user)
     capabilities = _capabilities(container_process, config, user, all_capabilities)
     if capabilities is not None:

@@ -253,6 +253,8 @@ class ConmonRuntime:
         arguments += ["--exit-dir", f"{directory}/exit", "--full-attach", "--log-level", "error"]
         for argument in (f"--root={runtime.root}", f"--log={directory}/oci-log", "--log-format=json"):
             arguments += ["--runtime-arg", argument]
+        if runtime.systemd_cgroup:
+            arguments += ["--runtime-arg", "--systemd-cgroup"]
         if request.tty:
             arguments += ["-l", "none", "-t", "-i", "--leave-stdin-open"]
             arguments += ["--exec-attach"] if request.attached else []

@@ -87,10 +87,10 @@ class Limits:
 
     `drain`: how long a background child may hold the output open. `retention`: how long a session can be inspected
     after its end. `created_lifetime`: how long one may wait for its start. `stop_timeout`: between SIGTERM and SIGKILL
-    when a stop says nothing else; `timeout_grace`: the same when a session's own time is over. `sessions`: how many
-    are known at most; `created`: how many of them may wait for their start; `container_sessions`: how many may be
-    created or running in one container. `parallel_starts` run at once, `queued_starts` wait for their turn. `capture`:
-    bytes of output kept of one session.
+    when neither a stop nor the container says anything else; `timeout_grace`: the same when a session's own time is
+    over. `sessions`: how many are known at most; `created`: how many of them may wait for their start;
+    `container_sessions`: how many may be created or running in one container. `parallel_starts` run at once,
+    `queued_starts` wait for their turn. `capture`: bytes of output kept of one session.
     """
 
     drain: float = 2.0
@@ -155,7 +155,7 @@ class SessionManager:
             user=user,
             state=SessionState.CREATED,
             created_at=time.time(),
-            container_labels=container.annotations,
+            container_labels=container.labels,
         )
         self._ledger.created(session)
         return session
@@ -332,7 +332,7 @@ class SessionManager:
     async def stop(self, session_id: str, grace: float | None = None) -> ExecSession:
         """Send SIGTERM, after `grace` seconds SIGKILL to what is left, and return the end. Conflict."""
         live = await self._running(session_id)
-        await live.stop(self._limits.stop_timeout if grace is None else grace)
+        await live.stop(self._stop_timeout(live.session) if grace is None else grace)
         return await self.wait(session_id)
 
     async def wait(self, session_id: str) -> ExecSession:
@@ -432,6 +432,12 @@ class SessionManager:
         passwd, group = await asyncio.to_thread(self._read_accounts, container.init.pid)
         return resolve_user(user, passwd=passwd, group=group, default=default)
 
+    def _stop_timeout(self, session: ExecSession) -> float:
+        """Return the stop timeout of a session's container, in seconds; our own where its engine knows none."""
+        container = self._containers.get(session.container.container_id)
+        told = container.stop_timeout if container is not None else None
+        return self._limits.stop_timeout if told is None else told
+
     def _of_container(self, ref: str) -> Sequence[ExecSession]:
         """Return the sessions of a container, which may be gone, and is then named by its full id."""
         try:
@@ -499,6 +505,7 @@ class SessionManager:
             session.user,
             console_size=size or self._early_sizes.get(session.id) or config.console_size,
             all_capabilities=self._all_capabilities,
+            manner=container.manner,
         )
         # What may be attached to later has to be there from the start.
         attach = attach or config.on_disconnect is OnDisconnect.KEEP

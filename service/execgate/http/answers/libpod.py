@@ -6,6 +6,7 @@ what is not known here is left out.
 
 from typing import Any
 
+from execgate.containers.states import annotations_of
 from execgate.http.answers import docker
 from execgate.http.answers.subjects import NEVER, Answers, Counts, Host, Json, Subject, rfc3339
 from execgate.model.container import ContainerStatus
@@ -29,17 +30,17 @@ def summary(subject: Subject) -> Json:
     one = subject.container
     return {
         "Id": one.id,
-        "Names": [one.name],
-        "Image": subject.image,
-        "ImageID": "",
-        "Command": subject.args,
+        "Names": [one.name, *one.aliases],
+        "Image": one.image,
+        "ImageID": one.image_id,
+        "Command": list(one.command),
         "Created": rfc3339(one.created),
         "StartedAt": int(one.created),
         "Exited": one.status is ContainerStatus.EXITED,
         "ExitedAt": 0,
-        "ExitCode": 0,
+        "ExitCode": one.exit_code or 0,
         "IsInfra": False,
-        "Labels": dict(one.annotations),
+        "Labels": dict(one.labels),
         "Mounts": [],
         "Networks": [],
         "Pid": subject.pid,
@@ -57,7 +58,7 @@ def container(subject: Subject, version: tuple[int, ...]) -> Json:
     Podman 5 made a list of the entry point and a name of the stop signal; whoever asks in an older version gets the
     older types.
     """
-    one, process, args = subject.container, subject.process, subject.args
+    one, process, args = subject.container, subject.process, list(subject.container.command)
     is_new = version >= _ENTRYPOINT_IS_A_LIST_SINCE
     return {
         "Id": one.id,
@@ -65,8 +66,8 @@ def container(subject: Subject, version: tuple[int, ...]) -> Json:
         "Path": args[0] if args else "",
         "Args": args[1:],
         "State": docker.state(subject),
-        "Image": "",
-        "ImageName": subject.image,
+        "Image": one.image_id,
+        "ImageName": one.image,
         "OCIRuntime": one.runtime.name,
         "Name": one.name,
         "RestartCount": 0,
@@ -76,19 +77,19 @@ def container(subject: Subject, version: tuple[int, ...]) -> Json:
         "IsInfra": False,
         "Config": {
             "Hostname": subject.spec.get("hostname", ""),
-            "User": subject.user,
-            "Tty": bool(process.get("terminal")),
+            "User": one.user,
+            "Tty": one.tty,
             "OpenStdin": False,
             "Env": list(process.get("env") or ()),
             "Cmd": args,
-            "Image": subject.image,
+            "Image": one.image,
             "WorkingDir": process.get("cwd", ""),
             "Entrypoint": [] if is_new else "",
             "StopSignal": "SIGTERM" if is_new else 15,
-            "Labels": dict(one.annotations),
-            "Annotations": dict(one.annotations),
+            "Labels": dict(one.labels),
+            "Annotations": annotations_of(subject.spec),
         },
-        "HostConfig": {"NetworkMode": "none", "Runtime": "oci", "Privileged": False},
+        "HostConfig": {"NetworkMode": "none", "Runtime": "oci", "Privileged": one.privileged},
         "NetworkSettings": {"Ports": {}},
     }
 

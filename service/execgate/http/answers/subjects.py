@@ -12,8 +12,6 @@ from execgate.model.session import ExecSession
 NEVER = "0001-01-01T00:00:00Z"
 """Go's zero time."""
 
-_IMAGE_LABEL = "org.opencontainers.image.ref.name"
-
 
 @dataclass(frozen=True, slots=True)
 class Subject:
@@ -28,23 +26,6 @@ class Subject:
         """The bundle's process; empty where there is none."""
         process = self.spec.get("process")
         return process if isinstance(process, Mapping) else {}
-
-    @property
-    def args(self) -> list[str]:
-        """The command line of its init."""
-        return list(self.process.get("args") or ())
-
-    @property
-    def image(self) -> str:
-        """The image's name as far as the bundle tells."""
-        return self.container.annotations.get(_IMAGE_LABEL, "")
-
-    @property
-    def user(self) -> str:
-        """`uid:gid` of its init, empty for root."""
-        user = self.process.get("user", {})
-        uid, gid = user.get("uid", 0), user.get("gid", 0)
-        return f"{uid}:{gid}" if (uid, gid) != (0, 0) else ""
 
     @property
     def running(self) -> bool:

@@ -84,7 +84,7 @@ def matches(container: Container, filters: Mapping[str, list[str]]) -> bool:
         "id": container.id.startswith,
         "status": lambda value: _status(value) is container.status,
     }
-    if not all(matches_label(container.annotations, label) for label in filters.get("label", [])):
+    if not all(matches_label(container.labels, label) for label in filters.get("label", [])):
         return False
     return all(any(map(tests[key], values)) for key, values in filters.items() if key in tests and values)
 

@@ -1,0 +1,235 @@
+"""containerd's containers, in every namespace but Docker's: Kubernetes pods, nerdctl's, ctr's.
+
+A container that has a task has a bundle, `STATE/io.containerd.runtime.v2.task/NAMESPACE/ID`, and a state of runc in
+the root that its `options.json` names, else in the shim's own default, which does not follow `STATE`. A container
+without a task is in containerd's database only, and nobody can exec into it: it is not shown.
+
+What they are called. Kubernetes: `pod/container` and `namespace/pod/container`, by the annotations of the CRI plugin;
+its sandboxes hold no program of the user's and are left out, as in `crictl ps`. nerdctl: the name in its name store,
+which is where a rename shows, else the annotation. Everything else: the id, which the user chose.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import filterfalse
+from pathlib import Path
+
+from execgate.containers import bolt
+from execgate.containers.engines.places import Places
+from execgate.containers.engines.shim import check_shim, read_options, shim_runtime
+from execgate.containers.entry import Entry, Look, table, text, texts
+from execgate.containers.files import read_regular
+from execgate.containers.listing import Listing
+from execgate.containers.states import (
+    Programs,
+    Source,
+    Specs,
+    annotations_of,
+    key_or_none,
+    read_spec_or_reason,
+    read_state,
+)
+from execgate.model.container import EngineName
+from execgate.model.errors import ExecgateError, Internal, NotFound
+from execgate.model.ids import ContainerId
+
+_TASKS = "io.containerd.runtime.v2.task"
+_METADATA = "io.containerd.metadata.v1.bolt/meta.db"
+_CRI = "io.kubernetes.cri."
+_NERDCTL = "nerdctl/"
+
+
+class ContainerdSource:
+    """The containers of one containerd."""
+
+    engine = EngineName.CONTAINERD
+
+    def __init__(self, places: Places, specs: Specs, programs: Programs) -> None:
+        """Read nothing yet."""
+        state = places.containerd_state
+        self._database = f"{places.containerd_root}/{_METADATA}"
+        self._runc_root = places.containerd_runc_root
+        self._specs = specs
+        self._programs = programs
+        self._namespaces = Listing(f"{state}/{_TASKS}")
+        self._tasks: dict[str, Listing] = {}
+        self._parts: dict[str, frozenset[str]] = {}
+        self._namespace_of: dict[ContainerId, str] = {}
+        self._ids: frozenset[ContainerId] = frozenset()
+        self._names = NerdctlNames(places.nerdctl_root)
+        self._problems: dict[str, str] = {}
+
+    def ids(self) -> frozenset[ContainerId]:
+        """See EngineSource. Of two namespaces that have the same id the first one counts; the other is a problem."""
+        self._problems = {}
+        parts = {namespace: self._listed(listing) for namespace, listing in self._listings().items()}
+        if parts.keys() != self._parts.keys() or any(parts[name] is not self._parts[name] for name in parts):
+            self._parts = parts
+            self._namespace_of = {
+                ContainerId(name): namespace for namespace in sorted(parts, reverse=True) for name in parts[namespace]
+            }
+            self._ids = frozenset(self._namespace_of)
+        if sum(map(len, parts.values())) != len(self._ids):
+            for namespace, names in parts.items():
+                for name in names:
+                    if (first := self._namespace_of[ContainerId(name)]) != namespace:
+                        self._problems[self._bundle(namespace, name)] = f"the id is taken by the namespace {first}"
+        return self._ids
+
+    def load(self, container_id: ContainerId) -> Entry | None:
+        """See EngineSource."""
+        namespace = self._namespace_of[container_id]
+        bundle = self._bundle(namespace, container_id)
+        if key_or_none(bundle) is None:
+            return None
+        check_shim(bundle)
+        options = read_options(bundle)
+        root = Path(text(options.get("root")) or self._runc_root) / namespace
+        state = read_state(f"{root}/{container_id}", container_id)
+        spec, _, flaw = read_spec_or_reason(self._specs, state.spec_path)
+        annotations = annotations_of(spec)
+        image, labels = self._record(namespace, container_id)
+        process = table(spec.get("process"))
+        names, names_source = self._names_of(namespace, container_id, annotations)
+        return Entry(
+            id=container_id,
+            engine=self.engine,
+            names=names,
+            runtime=shim_runtime(state, root, self._programs),
+            bundle=state.state.bundle,
+            spec_path=state.spec_path,
+            place=bundle,
+            read_from=(*names_source, *state.read_from),
+            init=state.state.init,
+            exec_fifo=state.exec_fifo,
+            created=state.state.created,
+            labels={"io.containerd.namespace": namespace} | annotations | labels,
+            image=annotations.get(f"{_CRI}image-name", "") or image,
+            command=texts(process.get("args")),
+            user=annotations.get(f"{_NERDCTL}user", ""),
+            tty=process.get("terminal") is True,
+            flaw=flaw,
+            hidden=annotations.get(f"{_CRI}container-type") == "sandbox",
+        )
+
+    def place(self, container_id: ContainerId) -> str:
+        """See EngineSource."""
+        return self._bundle(self._namespace_of.get(container_id, ""), container_id)
+
+    def renamed(self, entry: Entry) -> bool:
+        """See EngineSource: only nerdctl renames."""
+        path, key = entry.read_from[0]
+        return key_or_none(path) != key
+
+    def problems(self) -> Mapping[str, str]:
+        """See EngineSource."""
+        return self._problems
+
+    def looks(self) -> Sequence[Look]:
+        """See EngineSource."""
+        if key_or_none(self._namespaces.path) is None:
+            return [Look(self._namespaces.path, "not there", usable=False)]
+        self.ids()
+        found = [
+            Look(listing.path, f"{len(self._listed(listing))} tasks", usable=listing.path not in self._problems)
+            for listing in self._listings().values()
+        ]
+        return found or [Look(self._namespaces.path, "no namespaces")]
+
+    def _listings(self) -> dict[str, Listing]:
+        namespaces = frozenset(filterfalse(_is_dockers, self._listed(self._namespaces)))
+        if namespaces != self._tasks.keys():
+            self._tasks = {
+                name: self._tasks.get(name) or Listing(f"{self._namespaces.path}/{name}") for name in sorted(namespaces)
+            }
+        return self._tasks
+
+    def _listed(self, listing: Listing) -> frozenset[str]:
+        try:
+            return listing.names()
+        except Internal as error:
+            self._problems[listing.path] = error.hint
+            return frozenset()
+
+    def _bundle(self, namespace: str, name: str) -> str:
+        return f"{self._namespaces.path}/{namespace}/{name}"
+
+    def _names_of(
+        self, namespace: str, container_id: ContainerId, annotations: Mapping[str, str]
+    ) -> tuple[tuple[str, ...], tuple[Source, ...]]:
+        """Return what a container is called, and what that rests on besides the bundle."""
+        pod, container = annotations.get(f"{_CRI}sandbox-name"), annotations.get(f"{_CRI}container-name")
+        if pod and container:
+            name = f"{pod}/{container}"
+            space = annotations.get(f"{_CRI}sandbox-namespace")
+            return (name, f"{space}/{name}") if space else (name,), ()
+        if f"{_NERDCTL}name" in annotations:
+            name, source = self._names.find(namespace, container_id)
+            return (name or annotations[f"{_NERDCTL}name"],), (source,) if source else ()
+        return (container_id,), ()
+
+    def _record(self, namespace: str, container_id: ContainerId) -> tuple[str, dict[str, str]]:
+        """Return a container's image and labels as containerd has them; neither when its database cannot be read."""
+        path = (b"v1", namespace.encode(), b"containers", container_id.encode())
+
+        def question(root: bolt.Bucket) -> tuple[str, dict[str, str]]:
+            bucket = root.bucket(*path)
+            if bucket is None:
+                return "", {}
+            labels = bucket.bucket(b"labels")
+            return _decoded(bucket.get(b"image")), {
+                _decoded(name): _decoded(value) for name, value in (labels.items() if labels else ())
+            }
+
+        try:
+            return bolt.read(Path(self._database), question)
+        except ExecgateError as error:
+            if not isinstance(error, NotFound):
+                self._problems[self._database] = error.hint
+            return "", {}
+
+
+class NerdctlNames:
+    """nerdctl's name stores: `ROOT/ADDRESS/names/NAMESPACE/NAME`, each file holding the id of who has that name."""
+
+    def __init__(self, root: Path) -> None:
+        self._addresses = Listing(str(root))
+        self._stores: dict[str, tuple[Listing, frozenset[str], dict[str, str]]] = {}
+
+    def find(self, namespace: str, container_id: str) -> tuple[str, Source | None]:
+        """Return the name of a container, "" without one, and the store that says so."""
+        try:
+            addresses = sorted(self._addresses.names())
+        except Internal:
+            return "", None
+        for address in addresses:
+            path = f"{self._addresses.path}/{address}/names/{namespace}"
+            key = key_or_none(path)
+            if name := self._read(path).get(container_id):
+                return name, (path, key)
+        return "", None
+
+    def _read(self, path: str) -> dict[str, str]:
+        """Return the names of a store by id."""
+        listing, seen, by_id = self._stores.get(path) or (Listing(path, directories=False), frozenset[str](), {})
+        try:
+            names = listing.names()
+        except Internal:
+            return {}
+        if names is not seen:
+            by_id = {}
+            for name in names:
+                try:
+                    by_id[read_regular(Path(path) / name, limit=4096)[0].decode(errors="replace").strip()] = name
+                except (NotFound, Internal):
+                    continue
+            self._stores[path] = (listing, names, by_id)
+        return by_id
+
+
+def _is_dockers(namespace: str) -> bool:
+    """Return whether a namespace is dockerd's (`moby`, `moby-UID.GID`, its plugins), or BuildKit's."""
+    return namespace.removeprefix("plugins.").partition("-")[0] == "moby" or namespace == "buildkit"
+
+
+def _decoded(value: bytes | None) -> str:
+    return (value or b"").decode(errors="replace")

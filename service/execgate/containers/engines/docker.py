@@ -1,0 +1,170 @@
+"""Docker's containers.
+
+dockerd keeps two files a container below its data root, `containers/ID/config.v2.json` and `hostconfig.json`, from
+create to rm, and replaces them atomically at every change, a rename included. A container that runs also has a state
+of its runtime, `EXEC_ROOT/runtime-NAME/moby/ID`, and a bundle of containerd's, whose `options.json` tells the program.
+A stopped one has neither. (Seen with 20.10; the same in the source of 29.)
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from execgate.containers.engines.shim import shim_runtime
+from execgate.containers.entry import Entry, Look, seconds, table, text, text_table, texts
+from execgate.containers.files import FileKey, read_json
+from execgate.containers.formats import MalformedError, parse_time
+from execgate.containers.listing import Listing
+from execgate.containers.states import MAX_STATE, Programs, Source, StateFile, key_or_none, read_state
+from execgate.model.container import EngineName, ExecManner, OciRuntime
+from execgate.model.errors import Internal, NotFound
+from execgate.model.ids import ContainerId
+
+_NAMESPACE = "moby"
+"""Docker's namespace in containerd, and the last part of its runtimes' roots; `moby-UID.GID` with remapped users."""
+
+_RUNTIME_ROOT = "runtime-"
+
+
+class DockerSource:
+    """The containers of one dockerd."""
+
+    engine = EngineName.DOCKER
+
+    def __init__(self, data_root: Path, exec_root: Path, programs: Programs) -> None:
+        """Read nothing yet; where they are is dockerd's `--data-root` and `--exec-root`."""
+        self._exec_root = exec_root
+        self._programs = programs
+        self._containers = Listing(f"{data_root}/containers")
+        self._names: frozenset[str] = frozenset()
+        self._ids: frozenset[ContainerId] = frozenset()
+        self._problems: dict[str, str] = {}
+
+    def ids(self) -> frozenset[ContainerId]:
+        """See EngineSource."""
+        try:
+            names = self._containers.names()
+        except Internal as error:
+            self._problems[self._containers.path] = error.hint
+            return self._ids
+        self._problems.clear()
+        if names is not self._names:
+            self._names, self._ids = names, frozenset(map(ContainerId, names))
+        return self._ids
+
+    def load(self, container_id: ContainerId) -> Entry | None:
+        """See EngineSource."""
+        directory = self.place(container_id)
+        config_path, host_path = f"{directory}/config.v2.json", f"{directory}/hostconfig.json"
+        try:
+            record, key = read_json(Path(config_path), limit=MAX_STATE)
+        except NotFound:
+            if key_or_none(directory) is None:
+                return None
+            raise
+        if record.get("ID") != container_id:
+            raise MalformedError("its id is not the name of its directory")
+        host, host_key = _read_host(host_path)
+        read_from: list[Source] = [(config_path, key), (host_path, host_key)]
+        name = text(host.get("Runtime")) or "runc"
+        config, status = table(record.get("Config")), table(record.get("State"))
+        known: dict[str, Any] = {
+            "id": container_id,
+            "engine": self.engine,
+            "names": (text(record.get("Name")).removeprefix("/") or container_id,),
+            "place": directory,
+            "created": parse_time(record.get("Created")),
+            "labels": text_table(config.get("Labels")),
+            "image": text(config.get("Image")) or text(record.get("Image")),
+            "image_id": text(record.get("Image")),
+            "command": tuple(filter(None, (text(record.get("Path")), *texts(record.get("Args"))))),
+            "user": text(config.get("User")),
+            "tty": config.get("Tty") is True,
+            "privileged": host.get("Privileged") is True,
+            "stop_timeout": seconds(config.get("StopTimeout")),
+            # dockerd makes the environment of an exec anew: TERM is in it for a terminal of the exec's own.
+            "manner": ExecManner(
+                own_terminal=config.get("Tty") is True
+                and not any(entry.startswith("TERM=") for entry in texts(config.get("Env")))
+            ),
+        }
+        state = self._state(container_id, name, read_from)
+        if state is None:
+            return Entry(
+                **known,
+                runtime=OciRuntime(name, Path(name), self._root(name)),
+                bundle=Path(directory),
+                spec_path=f"{directory}/config.json",
+                created_only=parse_time(status.get("StartedAt")) == 0.0,
+                exit_code=_exit_code(status),
+                read_from=tuple(read_from),
+            )
+        return Entry(
+            **known,
+            runtime=shim_runtime(state, Path(os.path.dirname(state.directory)), self._programs),  # noqa: PTH120
+            bundle=state.state.bundle,
+            spec_path=state.spec_path,
+            init=state.state.init,
+            exec_fifo=state.exec_fifo,
+            read_from=tuple(read_from),
+            flaw="" if key_or_none(state.spec_path) else f"{state.spec_path}: no such file",
+        )
+
+    def place(self, container_id: ContainerId) -> str:
+        """See EngineSource."""
+        return f"{self._containers.path}/{container_id}"
+
+    def renamed(self, entry: Entry) -> bool:
+        """See EngineSource: the name is in the first file of all that were read."""
+        path, key = entry.read_from[0]
+        return key_or_none(path) != key
+
+    def problems(self) -> Mapping[str, str]:
+        """See EngineSource."""
+        return self._problems
+
+    def looks(self) -> Sequence[Look]:
+        """See EngineSource."""
+        path = self._containers.path
+        if key_or_none(path) is None:
+            states = [root for root in self._roots() if Listing(root).names()]
+            hint = f"not there, but {states[0]} has states: set docker_data_root" if states else "not there"
+            return [Look(path, hint, usable=False)]
+        found = [Look(path, f"{len(self.ids())} containers", usable=path not in self._problems)]
+        return found + [Look(root, f"{len(Listing(root).names())} states") for root in self._roots()]
+
+    def _state(self, container_id: ContainerId, name: str, read_from: list[Source]) -> StateFile | None:
+        """Return the runtime's state of a container, None when it does not run; say in `read_from` what that is from.
+
+        The root has the name of the runtime, or of dockerd's default one: versions differ, so all are looked at.
+        """
+        expected = f"{self._root(name)}/{container_id}"
+        for directory in (expected, *(f"{root}/{container_id}" for root in self._roots())):
+            try:
+                state = read_state(directory, container_id)
+            except NotFound:
+                continue
+            read_from.extend(state.read_from)
+            return state
+        read_from.append((expected, None))
+        return None
+
+    def _root(self, name: str) -> Path:
+        return self._exec_root / f"{_RUNTIME_ROOT}{name}" / _NAMESPACE
+
+    def _roots(self) -> list[str]:
+        return sorted(map(str, self._exec_root.glob(f"{_RUNTIME_ROOT}*/{_NAMESPACE}*")))
+
+
+def _read_host(path: str) -> tuple[Mapping[str, Any], FileKey | None]:
+    """Return a hostconfig.json: what depends on it has defaults."""
+    try:
+        return read_json(Path(path), limit=MAX_STATE)
+    except (NotFound, Internal):
+        return {}, key_or_none(path)
+
+
+def _exit_code(status: Mapping[str, object]) -> int | None:
+    code = status.get("ExitCode")
+    return code if isinstance(code, int) and parse_time(status.get("FinishedAt")) else None

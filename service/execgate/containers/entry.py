@@ -1,0 +1,114 @@
+"""What is on disk about one container: an engine's record and a runtime's state, put together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from execgate.containers.states import Source, key_or_none
+from execgate.model.container import PLAIN, EngineName, ExecManner, OciRuntime
+from execgate.model.ids import ContainerId
+from execgate.model.process import ProcessIdentity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A container as its files have it: everything but the kernel's view. The fields are those of `Container`.
+
+    `names` has the name first and then what else it answers to. `init` was its first process, as the runtime wrote
+    it down, None when no runtime holds the container now. `exec_fifo` exists until that process was released.
+    `created_only`: it was never started. `place` is the directory that stands for it in a message. `flaw` is what is
+    wrong with a container that can still be shown. `hidden`: it is nobody's to exec into (the sandbox of a pod), or
+    another engine's. All this is true as long as each path of `read_from` has its key.
+    """
+
+    id: ContainerId
+    engine: EngineName
+    names: tuple[str, ...]
+    runtime: OciRuntime
+    bundle: Path
+    spec_path: str
+    place: str
+    read_from: tuple[Source, ...]
+    init: ProcessIdentity | None = None
+    exec_fifo: str = ""
+    created: float = 0.0
+    created_only: bool = False
+    exit_code: int | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    image: str = ""
+    image_id: str = ""
+    command: tuple[str, ...] = ()
+    user: str = ""
+    tty: bool = False
+    privileged: bool = False
+    stop_timeout: float | None = None
+    manner: ExecManner = PLAIN
+    flaw: str = ""
+    hidden: bool = False
+
+    def holds(self) -> bool:
+        """Return whether every file it was made from is the one it was."""
+        return all(key_or_none(path) == key for path, key in self.read_from)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Where an engine's containers were looked for, and what came of it; for people."""
+
+    place: str
+    found: str
+    usable: bool = True
+
+
+class EngineSource(Protocol):
+    """The containers of one engine. Its methods do short file reads, and are called under the catalog's lock."""
+
+    engine: EngineName
+
+    def ids(self) -> frozenset[ContainerId]:
+        """Return who may be there now: the same object as long as nothing has changed, which costs a few stats.
+
+        Raises Unavailable. What else goes wrong is in `problems`, and hides no other container.
+        """
+
+    def load(self, container_id: ContainerId) -> Entry | None:
+        """Read one of `ids`; None when it is gone. Raises MalformedError and the categories."""
+
+    def place(self, container_id: ContainerId) -> str:
+        """Return the directory that stands for a container in a message."""
+
+    def renamed(self, entry: Entry) -> bool:
+        """Return whether the container may have got another name since `entry` was read. At most one stat."""
+
+    def problems(self) -> Mapping[str, str]:
+        """Return the places that could not be looked at, each with the reason."""
+
+    def looks(self) -> Sequence[Look]:
+        """Return where it looks, for `execgate doctor`."""
+
+
+def text(value: object) -> str:
+    """Return a text of a foreign file; "" for anything else."""
+    return value if isinstance(value, str) else ""
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """Return the texts of a list of a foreign file."""
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def table(value: object) -> Mapping[str, object]:
+    """Return an object of a foreign file; empty for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def text_table(value: object) -> dict[str, str]:
+    """Return the texts of an object of a foreign file."""
+    return {name: item for name, item in table(value).items() if isinstance(item, str)}
+
+
+def seconds(value: object) -> float | None:
+    """Return a number of seconds of a foreign file; None for anything that cannot be one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value < 2**31 else None  # type: ignore[operator,arg-type]
