@@ -43,6 +43,12 @@ def namespace_pid(process: ProcessIdentity) -> int | None:
     return None
 
 
+def oom_score_adj(pid: int | str) -> int | None:
+    """Return how eagerly the kernel kills a process for memory, -1000 to 1000; None when it is gone."""
+    data = read_kernel(f"/proc/{pid}/oom_score_adj")
+    return int(data) if data else None
+
+
 @functools.cache
 def boot_id() -> str:
     """Return the kernel's random id of this boot, `xxxxxxxx-xxxx-…`."""

@@ -60,12 +60,15 @@ class ContainerBinding:
 class ExecManner:
     """In what an engine's own exec departs from "the container's process, with other arguments".
 
-    `own_terminal`: the container's TERM was put there for its own terminal, and is none of an exec without one.
-    `home_of_user`: HOME is that of the user of the exec, whatever the container's environment says.
+    `env`: what the environment begins with, None for the container's own. `own_terminal`: the TERM in it is for the
+    container's own terminal, and not for an exec without one. `fixed_capabilities`: another user changes nothing about
+    them. `ambient_when_privileged`: Privileged leaves a container's own user, other than root, what it has.
     """
 
+    env: tuple[str, ...] | None = None
     own_terminal: bool = False
-    home_of_user: bool = False
+    fixed_capabilities: bool = False
+    ambient_when_privileged: bool = False
 
 
 PLAIN = ExecManner()

@@ -71,12 +71,12 @@ def build_process(
     process["terminal"] = config.tty
     if config.tty and console_size is not None and (console_size.height or console_size.width):
         process["consoleSize"] = {"height": console_size.height, "width": console_size.width}
-    inherited = process.get("env") or ()
+    inherited = process.get("env") or () if manner.env is None else manner.env
     if manner.own_terminal:
         inherited = [entry for entry in inherited if not entry.startswith("TERM=")]
     process["env"] = _environment(inherited, config, user.home)
     process["user"] = _user(process.get("user"), user)
-    capabilities = _capabilities(container_process, config, user, all_capabilities)
+    capabilities = _capabilities(container_process, config, user, all_capabilities, manner)
     if capabilities is not None:
         process["capabilities"] = capabilities
     return process
@@ -141,22 +141,33 @@ def _user(inherited: object, user: ResolvedUser) -> dict[str, Any]:
 
 
 def _capabilities(
-    container_process: Mapping[str, Any], config: ExecConfig, user: ResolvedUser, everything: Sequence[str]
-) -> dict[str, list[str]] | None:
+    container_process: Mapping[str, Any],
+    config: ExecConfig,
+    user: ResolvedUser,
+    everything: Sequence[str],
+    manner: ExecManner,
+) -> dict[str, Any] | None:
     """Return the capabilities of the exec; None keeps the container's as they are.
 
     Privileged sets the three sets whatever the uid, as Docker does. For a user other than root that still
     gives the *program* none: execve(2) clears permitted without ambient ones. It only lifts the bound, for
-    set-uid programs.
+    set-uid programs. (Podman lets the container's own user keep what it has by ambient ones.)
 
     Inheritable and ambient are empty for another user (CVE-2022-27649): ambient ones would make a plain user
     strong.
     """
+    own = container_process.get("capabilities") or {}
+    is_own_user = not config.user or user.uid == container_user(container_process).uid
     if config.privileged:
+        if manner.ambient_when_privileged and is_own_user and user.uid != 0:
+            usable = own.get("effective") or ()
+            return _sets(bounding=everything, usable=usable) | {"inheritable": [*usable], "ambient": [*usable]}
         return _sets(bounding=everything, usable=everything)
-    if not config.user or user.uid == container_user(container_process).uid:
+    if is_own_user:
         return None
-    bounding = (container_process.get("capabilities") or {}).get("bounding") or ()
+    if manner.fixed_capabilities:
+        return dict(own) | {"inheritable": [], "ambient": []}
+    bounding = own.get("bounding") or ()
     return _sets(bounding=bounding, usable=bounding if user.uid == 0 else ())
 
 

@@ -83,10 +83,12 @@ class DockerSource:
             "tty": config.get("Tty") is True,
             "privileged": host.get("Privileged") is True,
             "stop_timeout": seconds(config.get("StopTimeout")),
-            # dockerd makes the environment of an exec anew: TERM is in it for a terminal of the exec's own.
+            # dockerd makes the environment of an exec anew: TERM is in it for a terminal of the exec's own. Of the
+            # capabilities it touches nothing but for Privileged (execSetPlatformOpt).
             "manner": ExecManner(
                 own_terminal=config.get("Tty") is True
-                and not any(entry.startswith("TERM=") for entry in texts(config.get("Env")))
+                and not any(entry.startswith("TERM=") for entry in texts(config.get("Env"))),
+                fixed_capabilities=True,
             ),
         }
         state = self._state(container_id, name, read_from)

@@ -25,7 +25,11 @@ _BUSY_TIMEOUT = 0.05
 
 @dataclass(frozen=True, slots=True)
 class PodmanRecord:
-    """The fields of a container's configuration and state that nothing else tells. `runtime` is a name or a path."""
+    """The fields of a container's configuration and state that nothing else tells. `runtime` is a name or a path.
+
+    `env` is the environment that a `podman exec` begins with: that of the container as it was asked for, without the
+    HOME and the HOSTNAME that Podman adds at each start.
+    """
 
     labels: Mapping[str, str] = field(default_factory=dict)
     user: str = ""
@@ -34,6 +38,7 @@ class PodmanRecord:
     runtime: str = ""
     privileged: bool = False
     exit_code: int | None = None
+    env: tuple[str, ...] | None = None
 
 
 class PodmanDatabase:
@@ -112,6 +117,7 @@ def _parsed(path: Path, data: str | bytes) -> object:
 
 def _record(config_json: object, state_json: object) -> PodmanRecord:
     config, state = table(config_json), table(state_json)
+    process = table(table(config.get("spec")).get("process"))
     code = state.get("exitCode")
     ended = not text(state.get("finishedTime")).startswith("0001-") and "finishedTime" in state
     return PodmanRecord(
@@ -123,4 +129,5 @@ def _record(config_json: object, state_json: object) -> PodmanRecord:
         runtime=text(config.get("runtime")),
         privileged=config.get("privileged") is True,
         exit_code=(code if isinstance(code, int) else 0) if ended else None,
+        env=texts(process.get("env")) if "env" in process else None,
     )

@@ -193,7 +193,7 @@ class StorageSource:
             tty=process.get("terminal") is True,
             privileged=known.privileged or annotations.get("io.podman.annotations.privileged") == "TRUE",
             stop_timeout=known.stop_timeout if self._database is not None else _grace_period(annotations),
-            manner=ExecManner(),
+            manner=ExecManner(env=known.env, ambient_when_privileged=self.engine is EngineName.PODMAN),
             flaw=flaw if state else "",
             hidden=self.engine is EngineName.CRIO
             and (annotations.get(f"{_CRIO}ContainerType") == "sandbox" or record.metadata.get("pod") is True),
