@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from bench.contestants import (
     RuntimeAlone,
     Served,
 )
-from bench.engines import Engine, start_dockerd, start_podman
+from bench.engines import start_dockerd, start_podman
 from bench.places import Place, temporary_place
 from support.errors import HostError
 from support.programs import find_program
@@ -105,11 +106,10 @@ def _start_execgate(stack: contextlib.ExitStack, place: Place, container: TestCo
 
 def _start_engine(
     stack: contextlib.ExitStack,
-    start: Callable[[Place, RuntimeHost], tuple[Served, Engine]],
+    start: Callable[[Place, RuntimeHost], AbstractContextManager[Served]],
     place: Place,
     host: RuntimeHost,
 ) -> Served:
-    served, engine = start(place, host)
-    stack.callback(engine.stop)
+    served = stack.enter_context(start(place, host))
     served.prove()
     return served

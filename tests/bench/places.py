@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.processes import processes_of
+from support.processes import processes_of
 
 _IN_MEMORY = ("/run", "/dev/shm")
 _ON_DISK = "/tmp"

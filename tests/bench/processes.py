@@ -1,7 +1,6 @@
 """What the kernel accounts to processes: processor time and memory."""
 
 import os
-import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,6 @@ class Memory:
         return Memory(self.rss // parts, self.pss // parts)
 
 
-def processes_of(marker: str) -> frozenset[int]:
-    """Return the pids of the processes that have `marker` on their command line; never this process."""
-    wanted, own = os.fsencode(marker), os.getpid()
-    return frozenset(
-        int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != own and _names(name, wanted)
-    )
-
-
 def cpu_seconds(pids: Iterable[int]) -> float:
     """Return the processor time, in the kernel and outside, that these processes have used; ended ones count 0."""
     return sum(map(_cpu_ticks, pids)) / _TICKS
@@ -43,22 +34,6 @@ def cpu_seconds(pids: Iterable[int]) -> float:
 def memory(pids: Iterable[int]) -> Memory:
     """Return what these processes have in RAM together; ended ones count 0."""
     return sum(map(_memory, pids), Memory())
-
-
-def kill_all(pids: Iterable[int]) -> None:
-    """Send SIGKILL to these processes; harmless when they have ended."""
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def _names(pid: str, marker: bytes) -> bool:
-    try:
-        return marker in Path("/proc", pid, "cmdline").read_bytes()
-    except OSError:  # it has ended
-        return False
 
 
 def _cpu_ticks(pid: int) -> int:
