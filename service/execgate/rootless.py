@@ -82,13 +82,13 @@ def enter_podman(environ: Mapping[str, str]) -> bool:
     podman = shutil.which("podman", path=environ.get("PATH"))
     if podman is None:
         return False
-    _make_namespaces(podman)
+    _make_namespaces(podman, environ)
     if not _join(pid_file):
         raise Unavailable("podman has no user namespace", hint=f"{pid_file} names no process that holds one")
     return True
 
 
-def _make_namespaces(podman: str) -> None:
+def _make_namespaces(podman: str, environ: Mapping[str, str]) -> None:
     """Run a podman command that does nothing: it makes the namespaces, or finds them by a running container."""
     try:
         done = subprocess.run(
@@ -96,6 +96,7 @@ def _make_namespaces(podman: str) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_PODMAN_TIMEOUT,
+            env=dict(environ),
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import execgate
+from execgate.rootless import PAUSE_PID
 from support.bundle import SLEEP_FOREVER
 from support.cgroups import Cgroup2View, is_pure_cgroup2
 from support.errors import HostError
@@ -102,18 +103,26 @@ class RootlessUser:
         """Run podman as the user and return its output."""
         return self.run("podman", "--log-level=error", *arguments)
 
+    def podman_exec(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run `podman exec` with these arguments, as the user, to its end, whatever that is."""
+        argv = self._argv(["podman", "--log-level=error", "exec", *arguments])
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+
     def run_container(self, runtime: str, *options: str) -> str:
         """Start a container that only waits, under `runtime`, and return its id. HostError in podman's words."""
         arguments = ("--runtime", runtime, "run", "--detach", "--network=none", *options, IMAGE, *SLEEP_FOREVER)
         return self.podman(*arguments).strip()
 
-    def start_service(self, runtimes: Sequence[str]) -> Service:
+    def start_service(self, runtimes: Sequence[str], *, name: str = "execgate") -> Service:
         """Start execgate as the user, outside of Podman's namespaces, for the containers of these runtimes.
 
-        It has its files in the runtime directory, like one that a user starts; a later one takes over the sessions.
+        Its files are in a directory `name` of the runtime directory; a later one of that name takes over its sessions.
         """
-        directory = self.runtime_dir
-        flags = [f"--runtime-root={runtime}={directory / runtime}" for runtime in runtimes]
+        directory = self.runtime_dir / name
+        if not directory.exists():
+            directory.mkdir(mode=0o700)
+            self._give(directory)
+        flags = [f"--runtime-root={runtime}={self.runtime_dir / runtime}" for runtime in runtimes]
         flags += [f"--listen=unix://{directory}/execgate.sock", f"--state-dir={directory}/state"]
         python = self._python()
         notify = NotifySocket(directory / "notify")
@@ -129,6 +138,17 @@ class RootlessUser:
             service.kill()
             raise HostError(f"execgate serve, rootless: {error}\n{service.log()[-4000:]}") from error
         return service
+
+    @property
+    def pause_pid(self) -> int:
+        """The pid of the process that holds the namespaces of the user's Podman."""
+        return int((self.runtime_dir / PAUSE_PID).read_text())
+
+    def end_pause_process(self) -> None:
+        """End it, as a careless clean-up of the user's processes would."""
+        with contextlib.closing(os.fdopen(os.pidfd_open(self.pause_pid))) as fd:
+            signal.pidfd_send_signal(fd.fileno(), signal.SIGKILL)
+            select.select([fd], [], [], _KILL_TIME)
 
     def close(self) -> None:
         """Remove the user, their processes, containers and files."""
