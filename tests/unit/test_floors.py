@@ -13,7 +13,7 @@ PACKAGE = Path(execgate.__file__).parent
 
 # The top first. Modules of one floor may import each other; oci and wire are side by side.
 FLOORS = [
-    {"__main__", "cli", "app", "engine", "client", "config", "logs", "systemd", ""},
+    {"__main__", "cli", "app", "engine", "client", "config", "logs", "rootless", "systemd", ""},
     {"http"},
     {"sessions"},
     {"runtime"},

@@ -17,6 +17,7 @@ from execgate.engine import DATABASE, catalog_of
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument
 from execgate.model.session import ExecSession, SessionState
+from execgate.rootless import enter_podman
 from execgate.sessions.store import read_sessions
 
 _STATES = {
@@ -107,6 +108,7 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     from execgate import app  # noqa: PLC0415  (the other commands need not wait for it)
 
     logs.set_up(config.log_level, config.log_format)
+    enter_podman(os.environ)
     _run(app.serve(config), config.event_loop)
     return 0
 
