@@ -21,6 +21,7 @@ from execgate.containers.states import RuntimeRoot
 from execgate.http.listeners import Address, parse_address
 from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
+from execgate.rootless import user_id
 from execgate.runtime.conmon import longest_state_dir
 
 ENVIRONMENT_PREFIX = "EXECGATE_"
@@ -189,7 +190,7 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
 
 def _is_user() -> bool:
     """Return whether the containers of an unprivileged user are meant, who may be root of a user namespace by now."""
-    return os.geteuid() != 0 or bool(os.environ.get("_CONTAINERS_ROOTLESS_UID"))
+    return user_id() != 0
 
 
 def _root(text: str) -> RuntimeRoot:

@@ -8,7 +8,8 @@ question comes, nothing is watched and nothing polled. Three things keep that ch
 - What was read of a container, an `Entry`, knows the files it was made from. A look at a known container is a stat of
   each of them; nothing is parsed again that has not changed.
 - Names are looked up in an index, and a hit is believed only if its entry still holds. Only a name that nobody has
-  makes us look for renamed containers: one stat a container.
+  makes us look for renamed containers: one stat a container at most. A short prefix of an id is such a name, too:
+  whoever was just renamed to `db` comes before the one whose id begins so.
 
 What does change behind the files, the life of the init process and the freezer, is asked of the kernel each time: a
 state file goes on saying "running" of a container that died.
@@ -24,6 +25,7 @@ All methods are synchronous, do short local file reads, and may be called from s
 """
 
 import logging
+import re
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +34,8 @@ from typing import Any
 
 from execgate.containers import proc
 from execgate.containers.entry import EngineSource, Entry, Look
-from execgate.containers.formats import MalformedError
+from execgate.containers.files import now
+from execgate.containers.formats import MalformedError, parse_container_id
 from execgate.containers.states import Specs, key_or_none
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, EngineName
 from execgate.model.errors import Conflict, ExecgateError, Internal, InvalidArgument, NotFound, Unavailable
@@ -40,6 +43,9 @@ from execgate.model.ids import ContainerId
 from execgate.oci.text import shown
 
 log = logging.getLogger(__name__)
+
+_SHORT_ID = re.compile(r"[0-9a-f]{12,}")
+"""What tools print of an id, or more: nobody is asked whether it has become a name before it is taken for an id."""
 
 Problems = list[tuple[str, str]]
 """Places that were left out, each with the reason."""
@@ -50,11 +56,17 @@ LabelFilter = tuple[str, str | None]
 
 @dataclass(slots=True)
 class _Shelf:
-    """What is known of one engine. `broken` are the containers that could not be read, with the reason."""
+    """What is known of one engine.
+
+    `names` leads from each name to those that have it. `unsettled` are the entries that are too young to be known by
+    the keys of their files. `broken` are the containers that could not be read, with the reason.
+    """
 
     source: EngineSource
     ids: frozenset[ContainerId] = frozenset()
     entries: dict[ContainerId, Entry] = field(default_factory=dict)
+    names: dict[str, set[ContainerId]] = field(default_factory=dict)
+    unsettled: set[ContainerId] = field(default_factory=set)
     broken: dict[ContainerId, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -66,7 +78,6 @@ class Catalog:
         self._shelves = [_Shelf(source) for source in sources]
         self._specs = specs
         self._labels = tuple(labels)
-        self._names: dict[str, set[ContainerId]] = {}
         self._sorted: tuple[list[frozenset[ContainerId]], list[ContainerId]] = ([], [])
         self._lock = threading.RLock()
 
@@ -100,10 +111,12 @@ class Catalog:
         with self._lock:
             self._refresh()
             shelves, text = self._among(text)
-            entry = self._by_id(shelves, text) or self._by_name(shelves, text) or self._by_prefix(shelves, text)
+            entry = self._by_id(shelves, text) or self._by_name(shelves, text)
+            if entry is None and _SHORT_ID.fullmatch(text):
+                entry = self._by_prefix(shelves, text)
             if entry is None:
                 self._look_for_renamed()
-                entry = self._by_name(shelves, text)
+                entry = self._by_name(shelves, text) or self._by_prefix(shelves, text)
             if entry is None:
                 raise NotFound(f"No such container: {shown(ref)}", hint=self._why_not(text))
         return _observe(entry)
@@ -111,10 +124,8 @@ class Catalog:
     def get(self, container_id: ContainerId) -> Container | None:
         """Return the container with this full id, None when there is none, or none that can be read."""
         with self._lock:
-            entry = self._known(container_id)
-            if entry is None:
-                self._refresh()
-                entry = self._by_id(self._shelves, container_id)
+            self._refresh()
+            entry = self._by_id(self._shelves, container_id)
         return _observe(entry) if entry is not None else None
 
     def problems(self) -> Problems:
@@ -136,7 +147,7 @@ class Catalog:
         Raises NotFound when there is none, Internal when it is unusable.
         """
         with self._lock:
-            entry = self._known(container.id)
+            entry = self._by_id(self._shelves, container.id)
             path = entry.spec_path if entry is not None else f"{container.bundle}/config.json"
             try:
                 return self._specs.read(path)[0]
@@ -162,27 +173,21 @@ class Catalog:
             return [shelf for shelf in self._shelves if shelf.source.engine == engine], rest
         return self._shelves, text
 
-    def _known(self, container_id: ContainerId) -> Entry | None:
-        """Return the entry of a container that was seen before and is the same."""
-        for shelf in self._shelves:
-            entry = shelf.entries.get(container_id)
-            if entry is not None and not entry.hidden and entry.holds():
-                return entry if self._is_chosen(entry) else None
-        return None
-
     def _by_id(self, shelves: Sequence[_Shelf], text: str) -> Entry | None:
         wanted = ContainerId(text)
         for shelf in shelves:
-            entry = self._current(shelf, wanted) if wanted in shelf.ids else None
+            entry = self._current(shelf, wanted)
             if entry is not None and not entry.hidden:
                 return entry if self._is_chosen(entry) else None
         return None
 
     def _by_name(self, shelves: Sequence[_Shelf], text: str) -> Entry | None:
-        entries = (self._by_id(shelves, container_id) for container_id in sorted(self._names.get(text, ())))
+        holders = {container_id for shelf in shelves for container_id in shelf.names.get(text, ())}
+        entries = (self._by_id(shelves, container_id) for container_id in sorted(holders))
         found = [entry for entry in entries if entry is not None and text in entry.names]
-        # A container that stopped gives way to one that has its name now: Kubernetes keeps the dead ones for a while.
-        found = [entry for entry in found if entry.init is not None] or found
+        if len(found) > 1:
+            # A container that stopped gives way to one that has its name now: Kubernetes keeps the dead for a while.
+            found = [entry for entry in found if entry.init is not None and proc.is_alive(entry.init)] or found
         if len(found) > 1:
             meant = ", ".join(f"{entry.engine}:{entry.id[:12]}" for entry in found)
             raise InvalidArgument(f"multiple containers are named {shown(text)}: {meant}")
@@ -236,20 +241,26 @@ class Catalog:
         """Read again whoever may have got a name since it was read, and whoever could not be read."""
         for shelf in self._shelves:
             renamed = [entry.id for entry in shelf.entries.values() if shelf.source.renamed(entry)]
-            for container_id in (*renamed, *shelf.broken):
+            for container_id in {*renamed, *shelf.unsettled, *shelf.broken}:
                 self._read(shelf, container_id)
 
     def _current(self, shelf: _Shelf, container_id: ContainerId) -> Entry | None:
-        """Return a container of a shelf as it is now."""
+        """Return a container of a shelf as it is now; None when it has none of this id."""
         entry = shelf.entries.get(container_id)
-        if entry is not None and entry.holds() and not shelf.source.renamed(entry):
+        if entry is not None and self._is_current(shelf, entry):
             return entry
-        return self._read(shelf, container_id)
+        return self._read(shelf, container_id) if container_id in shelf.ids else None
+
+    def _is_current(self, shelf: _Shelf, entry: Entry) -> bool:
+        return entry.id not in shelf.unsettled and entry.holds() and not shelf.source.renamed(entry)
 
     def _read(self, shelf: _Shelf, container_id: ContainerId) -> Entry | None:
         """Read a container; None, with the reason kept, when that cannot be done."""
         self._forget(shelf, container_id)
+        read_at = now()
         try:
+            if parse_container_id(container_id) is None:
+                raise MalformedError("its name cannot be a container id")
             entry = shelf.source.load(container_id)
         except Unavailable:
             raise
@@ -262,17 +273,20 @@ class Catalog:
         shelf.broken.pop(container_id, None)
         if entry is not None:
             shelf.entries[container_id] = entry
+            if not entry.is_settled(read_at):
+                shelf.unsettled.add(container_id)
             for name in entry.names:
-                self._names.setdefault(name, set()).add(container_id)
+                shelf.names.setdefault(name, set()).add(container_id)
         return entry
 
     def _forget(self, shelf: _Shelf, container_id: ContainerId) -> None:
         entry = shelf.entries.pop(container_id, None)
-        for name in entry.names if entry is not None else ():
-            holders = self._names[name]
+        shelf.unsettled.discard(container_id)
+        for name in set(entry.names) if entry is not None else ():
+            holders = shelf.names[name]
             holders.discard(container_id)
             if not holders:
-                del self._names[name]
+                del shelf.names[name]
 
     def _taken(self) -> Problems:
         """Return the containers whose id an earlier engine has."""

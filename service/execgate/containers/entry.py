@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from execgate.containers.files import is_settled
 from execgate.containers.states import Source, key_or_none
 from execgate.model.container import PLAIN, EngineName, ExecManner, OciRuntime
 from execgate.model.ids import ContainerId
@@ -51,6 +52,10 @@ class Entry:
         """Return whether every file it was made from is the one it was."""
         return all(key_or_none(path) == key for path, key in self.read_from)
 
+    def is_settled(self, read_at: int) -> bool:
+        """Return whether `holds` can be relied upon, for an entry that was read after `read_at`."""
+        return all(key is None or is_settled(key, read_at) for _, key in self.read_from)
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -79,7 +84,10 @@ class EngineSource(Protocol):
         """Return the directory that stands for a container in a message."""
 
     def renamed(self, entry: Entry) -> bool:
-        """Return whether the container may have got another name since `entry` was read. At most one stat."""
+        """Return whether the container may have got another name since `entry` was read, as of the last `ids`.
+
+        At most one stat.
+        """
 
     def problems(self) -> Mapping[str, str]:
         """Return the places that could not be looked at, each with the reason."""

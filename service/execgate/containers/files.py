@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from execgate.model.errors import ExecgateError, Internal, NotFound, Unavailable
 
 FileKey = tuple[int, int, int, int]
 """What changes when a file does: mtime in nanoseconds, size in bytes, inode, device."""
+
+SETTLED_NS = 100_000_000
+"""A time stamp is a tick of the kernel's coarse clock, 1 to 10 ms: two changes within one look like one, all the more
+where the file system gives the same inode again. So a key tells changes only of what has been the same for this long.
+"""
 
 _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -39,6 +45,18 @@ def key_of(path: str | Path) -> FileKey:
         return _key(os.stat(path))  # noqa: PTH116  (asked at every request)
     except OSError as error:
         raise translate(error, str(path)) from error
+    except ValueError as error:
+        raise _no_path(path) from error
+
+
+def is_settled(key: FileKey, read_at: int) -> bool:
+    """Return whether what was read after `read_at`, in nanoseconds since the epoch, is the same while its key is."""
+    return abs(read_at - key[0]) > SETTLED_NS
+
+
+def now() -> int:
+    """Return a moment for `is_settled`; to be asked before the file is looked at."""
+    return time.time_ns()
 
 
 def read_regular(path: Path, *, limit: int, follow: bool = False) -> tuple[bytes, FileKey]:
@@ -52,6 +70,8 @@ def read_regular(path: Path, *, limit: int, follow: bool = False) -> tuple[bytes
         fd = os.open(path, flags)
     except OSError as error:
         raise translate(error, str(path)) from error
+    except ValueError as error:
+        raise _no_path(path) from error
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -113,6 +133,11 @@ def _raise_unless_gone(error: OSError, path: str) -> None:
     translated = translate(error, path)
     if not isinstance(translated, NotFound):
         raise translated from error
+
+
+def _no_path(path: str | Path) -> Internal:
+    """Return the error for a path that no file can have: paths come from foreign files, NUL and all."""
+    return Internal("a file of the host cannot be read", hint=f"{str(path)!r}: cannot be the name of a file")
 
 
 def _key(status: os.stat_result) -> FileKey:

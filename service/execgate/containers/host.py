@@ -28,7 +28,7 @@ def host_catalog(
     shared = SharedRoots(roots, programs)
     storage = Storage(places.storage_graph_root, places.storage_run_root)
     all_sources: list[EngineSource] = [
-        DockerSource(places.docker_data_root, places.docker_exec_root, programs),
+        DockerSource(places.docker_data_root, places.docker_exec_root, specs, programs),
         StorageSource(EngineName.PODMAN, storage, shared, specs, PodmanDatabase(places.storage_graph_root)),
         ContainerdSource(places, specs, programs),
         StorageSource(EngineName.CRIO, storage, shared, specs),

@@ -1,18 +1,15 @@
 """The names in a directory, read again only when they changed."""
 
 import os
-import time
 
-from execgate.containers.files import FileKey, key_of, translate
+from execgate.containers.files import FileKey, is_settled, key_of, now, translate
 from execgate.model.errors import Internal, NotFound
-
-_SETTLED_NS = 100_000_000
-"""A time stamp is a tick of the kernel's coarse clock, 1 to 10 ms: two changes within one look like one. So a directory
-that changed just before it was read is read again at the next question, until its stamp is older than this."""
 
 
 class Listing:
     """The entries of one directory, as a set that stays the same object until the directory changes.
+
+    One that changed just before it was read is read again at the next question, until its key is settled.
 
     One that does not exist has none. Names that begin with a dot are the owner's own (crun's `.cache`), symlinks are
     nobody's.
@@ -36,7 +33,7 @@ class Listing:
             return self._names
         if key != self._key or not self._settled:
             # The stamp is taken before the look: what comes in between is seen by the next one.
-            self._settled = abs(time.time_ns() - key[0]) > _SETTLED_NS
+            self._settled = is_settled(key, now())
             self._replace(self._scan())
             self._key = key
         return self._names

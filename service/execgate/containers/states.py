@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from execgate.containers.files import FileKey, key_of, read_json
+from execgate.containers.files import FileKey, is_settled, key_of, now, read_json
 from execgate.containers.formats import EXEC_FIFO, FORMATS, Format, MalformedError, RuntimeState
 from execgate.model.container import OciRuntime
 from execgate.model.errors import Internal, NotFound
@@ -63,7 +63,10 @@ class Specs:
         """Return a config.json with its key. Raises NotFound, Internal, Unavailable."""
         kept = self._kept.pop(path, None)
         if kept is None or key_of(path) != kept[0]:
+            read_at = now()
             spec, key = read_json(Path(path), limit=MAX_SPEC, follow=True)
+            if not is_settled(key, read_at):
+                return spec, key
             kept = (key, spec)
         # Put back last: a dict keeps its order, and what was not used for longest is first.
         self._kept[path] = kept

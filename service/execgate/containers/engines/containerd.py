@@ -17,11 +17,10 @@ from execgate.containers import bolt
 from execgate.containers.engines.places import Places
 from execgate.containers.engines.shim import check_shim, read_options, shim_runtime
 from execgate.containers.entry import Entry, Look, table, text, texts
-from execgate.containers.files import read_regular
+from execgate.containers.files import FileKey, is_settled, now, read_regular
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
     Programs,
-    Source,
     Specs,
     annotations_of,
     key_or_none,
@@ -61,6 +60,7 @@ class ContainerdSource:
     def ids(self) -> frozenset[ContainerId]:
         """See EngineSource. Of two namespaces that have the same id the first one counts; the other is a problem."""
         self._problems = {}
+        self._names.refresh()
         parts = {namespace: self._listed(listing) for namespace, listing in self._listings().items()}
         if parts.keys() != self._parts.keys() or any(parts[name] is not self._parts[name] for name in parts):
             self._parts = parts
@@ -77,7 +77,7 @@ class ContainerdSource:
 
     def load(self, container_id: ContainerId) -> Entry | None:
         """See EngineSource."""
-        namespace = self._namespace_of[container_id]
+        namespace = self._namespace_of.get(container_id, "")
         bundle = self._bundle(namespace, container_id)
         if key_or_none(bundle) is None:
             return None
@@ -89,16 +89,15 @@ class ContainerdSource:
         annotations = annotations_of(spec)
         image, labels = self._record(namespace, container_id)
         process = table(spec.get("process"))
-        names, names_source = self._names_of(namespace, container_id, annotations)
         return Entry(
             id=container_id,
             engine=self.engine,
-            names=names,
+            names=self._names_of(namespace, container_id, annotations),
             runtime=shim_runtime(state, root, self._programs),
             bundle=state.state.bundle,
             spec_path=state.spec_path,
             place=bundle,
-            read_from=(*names_source, *state.read_from),
+            read_from=state.read_from,
             init=state.state.init,
             exec_fifo=state.exec_fifo,
             created=state.state.created,
@@ -116,9 +115,9 @@ class ContainerdSource:
         return self._bundle(self._namespace_of.get(container_id, ""), container_id)
 
     def renamed(self, entry: Entry) -> bool:
-        """See EngineSource: only nerdctl renames."""
-        path, key = entry.read_from[0]
-        return key_or_none(path) != key
+        """See EngineSource: only nerdctl renames, and its stores are read with the ids."""
+        name = self._names.find(self._namespace_of.get(entry.id, ""), entry.id)
+        return name not in ("", entry.names[0])
 
     def problems(self) -> Mapping[str, str]:
         """See EngineSource."""
@@ -153,19 +152,14 @@ class ContainerdSource:
     def _bundle(self, namespace: str, name: str) -> str:
         return f"{self._namespaces.path}/{namespace}/{name}"
 
-    def _names_of(
-        self, namespace: str, container_id: ContainerId, annotations: Mapping[str, str]
-    ) -> tuple[tuple[str, ...], tuple[Source, ...]]:
-        """Return what a container is called, and what that rests on besides the bundle."""
+    def _names_of(self, namespace: str, container_id: ContainerId, annotations: Mapping[str, str]) -> tuple[str, ...]:
+        """Return what a container is called."""
         pod, container = annotations.get(f"{_CRI}sandbox-name"), annotations.get(f"{_CRI}container-name")
         if pod and container:
             name = f"{pod}/{container}"
             space = annotations.get(f"{_CRI}sandbox-namespace")
-            return (name, f"{space}/{name}") if space else (name,), ()
-        if f"{_NERDCTL}name" in annotations:
-            name, source = self._names.find(namespace, container_id)
-            return (name or annotations[f"{_NERDCTL}name"],), (source,) if source else ()
-        return (container_id,), ()
+            return (name, f"{space}/{name}") if space else (name,)
+        return (self._names.find(namespace, container_id) or annotations.get(f"{_NERDCTL}name") or container_id,)
 
     def _record(self, namespace: str, container_id: ContainerId) -> tuple[str, dict[str, str]]:
         """Return a container's image and labels as containerd has them; neither when its database cannot be read."""
@@ -192,38 +186,56 @@ class NerdctlNames:
     """nerdctl's name stores: `ROOT/ADDRESS/names/NAMESPACE/NAME`, each file holding the id of who has that name."""
 
     def __init__(self, root: Path) -> None:
+        """Read nothing yet."""
         self._addresses = Listing(str(root))
-        self._stores: dict[str, tuple[Listing, frozenset[str], dict[str, str]]] = {}
+        self._namespaces: dict[str, Listing] = {}
+        self._seen: dict[str, FileKey | None] = {}
+        self._holders: dict[str, tuple[FileKey | None, str]] = {}
+        self._names: dict[tuple[str, str], str] = {}
 
-    def find(self, namespace: str, container_id: str) -> tuple[str, Source | None]:
-        """Return the name of a container, "" without one, and the store that says so."""
-        try:
-            addresses = sorted(self._addresses.names())
-        except Internal:
-            return "", None
-        for address in addresses:
-            path = f"{self._addresses.path}/{address}/names/{namespace}"
-            key = key_or_none(path)
-            if name := self._read(path).get(container_id):
-                return name, (path, key)
-        return "", None
+    def find(self, namespace: str, container_id: str) -> str:
+        """Return the name of a container as of the last `refresh`, "" without one."""
+        return self._names.get((namespace, container_id), "")
 
-    def _read(self, path: str) -> dict[str, str]:
-        """Return the names of a store by id."""
-        listing, seen, by_id = self._stores.get(path) or (Listing(path, directories=False), frozenset[str](), {})
+    def refresh(self) -> None:
+        """Take over what has changed, which costs a stat of each store when nothing has. Raises Unavailable."""
+        read_at = now()
+        stores = {
+            f"{names}/{namespace}": namespace
+            for names in (f"{self._addresses.path}/{address}/names" for address in _listed(self._addresses))
+            for namespace in _listed(self._namespaces.setdefault(names, Listing(names)))
+        }
+        keys = {store: key_or_none(store) for store in stores}
+        if keys == self._seen:
+            return
+        found = {
+            (store, name): self._holder(f"{store}/{name}", read_at)
+            for store in stores
+            for name in _listed(Listing(store, directories=False))
+        }
+        self._holders = {f"{store}/{name}": holder for (store, name), holder in found.items()}
+        self._names = {(stores[store], holder): name for (store, name), (_, holder) in found.items()}
+        is_final = all(key is not None and is_settled(key, read_at) for key in keys.values())
+        self._seen = keys if is_final else {}
+
+    def _holder(self, path: str, read_at: int) -> tuple[FileKey | None, str]:
+        """Return who has a name, and the key of the file that says so; None when the next look has to read it again."""
+        kept = self._holders.get(path)
+        if kept is not None and kept[0] is not None and kept[0] == key_or_none(path):
+            return kept
         try:
-            names = listing.names()
-        except Internal:
-            return {}
-        if names is not seen:
-            by_id = {}
-            for name in names:
-                try:
-                    by_id[read_regular(Path(path) / name, limit=4096)[0].decode(errors="replace").strip()] = name
-                except (NotFound, Internal):
-                    continue
-            self._stores[path] = (listing, names, by_id)
-        return by_id
+            data, key = read_regular(Path(path), limit=4096)
+        except (NotFound, Internal):
+            return None, ""
+        return key if is_settled(key, read_at) else None, data.decode(errors="replace").strip()
+
+
+def _listed(listing: Listing) -> frozenset[str]:
+    """Return the names in a directory, none when it cannot be looked at."""
+    try:
+        return listing.names()
+    except Internal:
+        return frozenset()
 
 
 def _is_dockers(namespace: str) -> bool:

@@ -16,7 +16,16 @@ from execgate.containers.entry import Entry, Look, seconds, table, text, text_ta
 from execgate.containers.files import FileKey, read_json
 from execgate.containers.formats import MalformedError, parse_time
 from execgate.containers.listing import Listing
-from execgate.containers.states import MAX_STATE, Programs, Source, StateFile, key_or_none, read_state
+from execgate.containers.states import (
+    MAX_STATE,
+    Programs,
+    Source,
+    Specs,
+    StateFile,
+    key_or_none,
+    read_spec_or_reason,
+    read_state,
+)
 from execgate.model.container import EngineName, ExecManner, OciRuntime
 from execgate.model.errors import Internal, NotFound
 from execgate.model.ids import ContainerId
@@ -25,6 +34,7 @@ _NAMESPACE = "moby"
 """Docker's namespace in containerd, and the last part of its runtimes' roots; `moby-UID.GID` with remapped users."""
 
 _RUNTIME_ROOT = "runtime-"
+_DEFAULT_RUNTIME = "runc"
 
 
 class DockerSource:
@@ -32,9 +42,10 @@ class DockerSource:
 
     engine = EngineName.DOCKER
 
-    def __init__(self, data_root: Path, exec_root: Path, programs: Programs) -> None:
+    def __init__(self, data_root: Path, exec_root: Path, specs: Specs, programs: Programs) -> None:
         """Read nothing yet; where they are is dockerd's `--data-root` and `--exec-root`."""
         self._exec_root = exec_root
+        self._specs = specs
         self._programs = programs
         self._containers = Listing(f"{data_root}/containers")
         self._names: frozenset[str] = frozenset()
@@ -67,7 +78,7 @@ class DockerSource:
             raise MalformedError("its id is not the name of its directory")
         host, host_key = _read_host(host_path)
         read_from: list[Source] = [(config_path, key), (host_path, host_key)]
-        name = text(host.get("Runtime")) or "runc"
+        name = text(host.get("Runtime")) or _DEFAULT_RUNTIME
         config, status = table(record.get("Config")), table(record.get("State"))
         known: dict[str, Any] = {
             "id": container_id,
@@ -110,7 +121,7 @@ class DockerSource:
             init=state.state.init,
             exec_fifo=state.exec_fifo,
             read_from=tuple(read_from),
-            flaw="" if key_or_none(state.spec_path) else f"{state.spec_path}: no such file",
+            flaw=read_spec_or_reason(self._specs, state.spec_path)[2],
         )
 
     def place(self, container_id: ContainerId) -> str:
@@ -141,15 +152,16 @@ class DockerSource:
 
         The root has the name of the runtime, or of dockerd's default one: versions differ, so all are looked at.
         """
-        expected = f"{self._root(name)}/{container_id}"
-        for directory in (expected, *(f"{root}/{container_id}" for root in self._roots())):
+        roots = dict.fromkeys((str(self._root(name)), str(self._root(_DEFAULT_RUNTIME)), *self._roots()))
+        directories = [f"{root}/{container_id}" for root in roots]
+        for directory in directories:
             try:
                 state = read_state(directory, container_id)
             except NotFound:
                 continue
             read_from.extend(state.read_from)
             return state
-        read_from.append((expected, None))
+        read_from.extend((directory, None) for directory in directories)
         return None
 
     def _root(self, name: str) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from execgate.containers.entry import EngineSource, Entry, Look, table, text, texts
-from execgate.containers.formats import FORMATS, parse_container_id
+from execgate.containers.formats import FORMATS
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
     Programs,
@@ -131,8 +131,6 @@ class OciSource:
 
     def load(self, container_id: ContainerId) -> Entry | None:
         """See EngineSource."""
-        if parse_container_id(container_id) is None:
-            raise Internal("a container cannot be used", hint="its name cannot be a container id")
         try:
             state, runtime = self._roots.read(container_id)
         except NotFound:

@@ -3,7 +3,7 @@
 `bolt_state.db` until Podman 4.7, and as long as it exists until Podman 5; else SQLite, `db.sql`. Both hold the
 container's configuration as JSON (libpod: `ContainerConfig`), which changes only with `podman update` and `rename`;
 so it is read once for each state of a container that is seen. A database that cannot be read costs these fields, not
-the container.
+the container; they are looked for again when it has changed, or at once when it was only busy.
 """
 
 import json
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from execgate.containers import bolt
 from execgate.containers.entry import Look, seconds, table, text, text_table, texts
-from execgate.containers.states import key_or_none
-from execgate.model.errors import ExecgateError, Internal, NotFound, Unavailable
+from execgate.containers.states import Source, key_or_none
+from execgate.model.errors import Internal, NotFound, Unavailable
 from execgate.model.ids import ContainerId
 
 _BUSY_TIMEOUT = 0.05
@@ -29,6 +29,7 @@ class PodmanRecord:
 
     `env` is the environment that a `podman exec` begins with: that of the container as it was asked for, without the
     HOME and the HOSTNAME that Podman adds at each start.
+    `read_from`: as long as this holds, a record that is missing stays so.
     """
 
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class PodmanRecord:
     privileged: bool = False
     exit_code: int | None = None
     env: tuple[str, ...] | None = None
+    read_from: tuple[Source, ...] = ()
 
 
 class PodmanDatabase:
@@ -52,18 +54,23 @@ class PodmanDatabase:
 
     def find(self, container_id: ContainerId) -> PodmanRecord:
         """Return what is on record of a container; nothing at all when there is no record."""
+        doubts: list[Source] = []
         for path in self._paths():
+            key = key_or_none(path)
             try:
                 config, state = (_read_bolt if path == self._bolt else _read_sqlite)(path, container_id)
             except NotFound:
                 continue
-            except ExecgateError as error:
+            except (Internal, Unavailable) as error:
                 self.problems[str(path)] = error.hint
+                # One that was busy is asked again: it is there, and a key of None never holds.
+                doubts.append((str(path), None if isinstance(error, Unavailable) else key))
                 continue
             self.problems.pop(str(path), None)
             if config:
                 return _record(config, state)
-        return PodmanRecord()
+            doubts.append((str(path), key))
+        return PodmanRecord(read_from=tuple(doubts))
 
     def looks(self) -> list[Look]:
         """See EngineSource."""
@@ -96,6 +103,8 @@ def _read_sqlite(path: Path, container_id: ContainerId) -> tuple[object, object]
         "SELECT ContainerConfig.JSON, ContainerState.JSON FROM ContainerConfig "
         "LEFT JOIN ContainerState USING (ID) WHERE ContainerConfig.ID = ?"
     )
+    if not path.is_file():  # SQLite would wait for the other end of a FIFO
+        raise Internal("Podman's database cannot be read", hint=f"{path}: not a regular file")
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT)) as database:

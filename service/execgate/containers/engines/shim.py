@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from execgate.containers.entry import table, text
-from execgate.containers.files import read_json
+from execgate.containers.files import read_json, read_regular
 from execgate.containers.formats import MalformedError
-from execgate.containers.states import MAX_STATE, Programs, StateFile, key_or_none
+from execgate.containers.states import MAX_STATE, Programs, StateFile
 from execgate.model.container import OciRuntime
 from execgate.model.errors import Internal, NotFound
 from execgate.oci.text import shown
@@ -23,11 +23,11 @@ def read_options(bundle: str) -> dict[str, object]:
 
 def check_shim(bundle: str) -> None:
     """Raise MalformedError for a bundle of another shim than runc's: a sandbox has no state that runc could join."""
-    path = f"{bundle}/shim-binary-path"
-    if key_or_none(path) is None:
+    try:
+        data, _ = read_regular(Path(f"{bundle}/shim-binary-path"), limit=4096)
+    except (NotFound, Internal):  # versions before 1.6 write none
         return
-    with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-        shim = file.read(4096).strip()
+    shim = data.decode(errors="replace").strip()
     if shim and not shim.rpartition("/")[2].startswith(_RUNC_SHIM):
         raise MalformedError(f"{shown(shim)} runs it, which is not containerd's shim for runc")
 

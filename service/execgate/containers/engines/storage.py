@@ -19,7 +19,7 @@ from typing import Any
 from execgate.containers.engines.oci import SharedRoots
 from execgate.containers.engines.podman_db import PodmanDatabase, PodmanRecord
 from execgate.containers.entry import Entry, Look, table, text, text_table, texts
-from execgate.containers.files import FileKey, read_regular
+from execgate.containers.files import FileKey, is_settled, key_of, now, read_regular
 from execgate.containers.formats import parse_time
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
@@ -30,7 +30,7 @@ from execgate.containers.states import (
     read_spec_or_reason,
 )
 from execgate.model.container import EngineName, ExecManner, OciRuntime
-from execgate.model.errors import ExecgateError, Internal, NotFound
+from execgate.model.errors import Internal, NotFound
 from execgate.model.ids import ContainerId
 
 _DRIVER = "-containers"
@@ -64,7 +64,7 @@ class Storage:
         """Read nothing yet."""
         self.graph_root = graph_root
         self._drivers = [Listing(str(graph_root)), Listing(str(run_root))]
-        self._lists: dict[str, tuple[FileKey, Mapping[ContainerId, StorageRecord]]] = {}
+        self._lists: dict[str, tuple[FileKey | None, Mapping[ContainerId, StorageRecord]]] = {}
         self._ids: dict[EngineName, frozenset[ContainerId]] = {}
         self.records: Mapping[ContainerId, StorageRecord] = {}
         self.problems: dict[str, str] = {}
@@ -73,7 +73,7 @@ class Storage:
         """Return the containers of one engine: the same object until they change."""
         if self._read_lists():
             # An id that is in both lists is a container of the first one, as in containers/storage.
-            lists = sorted(self._lists.items(), key=lambda item: item[0].endswith(_FILES[0]))
+            lists = sorted(self._lists.items(), key=lambda item: item[0].endswith(f"/{_FILES[0]}"))
             self.records = {key: record for _, (_, part) in lists for key, record in part.items()}
             for name in (EngineName.PODMAN, EngineName.CRIO):
                 found = frozenset(key for key, record in self.records.items() if record.engine is name)
@@ -103,12 +103,8 @@ class Storage:
             for file in _FILES
         ]
         changed = False
-        for path in {*paths, *self._lists}:
-            key = key_or_none(path)
-            if key is None:
-                changed |= self._lists.pop(path, None) is not None
-            elif path not in self._lists or self._lists[path][0] != key:
-                changed |= self._read_list(path, key)
+        for path in dict.fromkeys((*paths, *self._lists)):
+            changed |= self._read_list(path)
         return changed
 
     def _driver_names(self, listing: Listing) -> list[str]:
@@ -117,24 +113,42 @@ class Storage:
         except Internal as error:
             self.problems[listing.path] = error.hint
             return []
+        self.problems.pop(listing.path, None)
         return [name for name in names if name.endswith(_DRIVER)]
 
-    def _read_list(self, path: str, key: FileKey) -> bool:
-        """Read one list. One that is broken leaves what was read of it before."""
+    def _read_list(self, path: str) -> bool:
+        """Read one list if it has changed; return whether it was read. One that is broken stays as it was read before.
+
+        Raises Unavailable.
+        """
+        key, records = self._lists.get(path, (None, {}))
+        read_at = now()
         try:
+            if key_of(path) == key:
+                return False
             data, key = read_regular(Path(path), limit=_MAX_LIST)
             items = json.loads(data or b"[]")
-        except (ExecgateError, ValueError, RecursionError) as error:
-            if isinstance(error, NotFound):
-                return False
+        except NotFound:
+            self.problems.pop(path, None)
+            return self._lists.pop(path, None) is not None
+        except (Internal, ValueError, RecursionError) as error:
             self.problems[path] = getattr(error, "hint", "") or "not JSON"
-            self._lists.setdefault(path, (key, {}))
+            self._lists[path] = (None, records)
             return False
-        self.problems.pop(path, None)
-        directory = path.rpartition("/")[0]
-        found = (_record(item, directory) for item in (items if isinstance(items, list) else ()))
-        self._lists[path] = (key, dict(filter(None, found)))
+        self._lists[path] = (key if is_settled(key, read_at) else None, self._records(path, items))
         return True
+
+    def _records(self, path: str, items: object) -> dict[ContainerId, StorageRecord]:
+        """Return the containers of a list; one item that is none breaks no other."""
+        self.problems.pop(path, None)
+        if not isinstance(items, list):
+            self.problems[path] = "not a list"
+            return {}
+        directory = path.rpartition("/")[0]
+        found = [_record(item, directory) for item in items]
+        if None in found:
+            self.problems[path] = f"{found.count(None)} of its {len(found)} items are no containers"
+        return dict(filter(None, found))
 
 
 class StorageSource:
@@ -171,6 +185,7 @@ class StorageSource:
         annotations = annotations_of(spec)
         process = table(spec.get("process"))
         absent = tuple((path, None) for path in self._roots.places(container_id))
+        files = state.read_from if state else (*absent, (spec_path, spec_key))
         return Entry(
             id=container_id,
             engine=self.engine,
@@ -179,7 +194,7 @@ class StorageSource:
             bundle=state.state.bundle if state else Path(spec_path).parent,
             spec_path=spec_path,
             place=record.directory,
-            read_from=state.read_from if state else (*absent, (spec_path, spec_key)),
+            read_from=(*files, *known.read_from),
             init=state.state.init if state else None,
             exec_fifo=state.exec_fifo if state else "",
             created=record.created or (state.state.created if state else 0.0),
@@ -207,7 +222,10 @@ class StorageSource:
     def renamed(self, entry: Entry) -> bool:
         """See EngineSource: the list is read with the ids."""
         record = self._storage.records.get(entry.id)
-        return record is None or record.names[:1] not in (entry.names[:1], entry.names[-1:])
+        if record is None:
+            return True
+        own = record.names or (entry.id,)
+        return entry.names != (own if self.engine is EngineName.PODMAN else (*entry.names[:2], *record.names))
 
     def problems(self) -> Mapping[str, str]:
         """See EngineSource."""
@@ -222,7 +240,7 @@ class StorageSource:
             return self._roots.read(container_id, known.runtime)
         except NotFound:
             name = known.runtime or "crun"
-            return None, OciRuntime(name, Path(name), Path(self._roots.places(container_id)[0]).parent)
+            return None, OciRuntime(name, Path(name), Path(self._roots.place(container_id)).parent)
 
     def _names(
         self, container_id: ContainerId, record: StorageRecord, annotations: Mapping[str, str]
@@ -237,7 +255,7 @@ class StorageSource:
 
 
 def _record(item: object, directory: str) -> tuple[ContainerId, StorageRecord] | None:
-    """Return a record of a list; None for what is none: one broken item breaks no other."""
+    """Return a record of a list; None for what is none."""
     fields: Mapping[str, Any] = table(item)
     container_id = text(fields.get("id"))
     if not container_id or "/" in container_id:
@@ -247,7 +265,7 @@ def _record(item: object, directory: str) -> tuple[ContainerId, StorageRecord] |
     except (ValueError, RecursionError):
         metadata = {}
     record = StorageRecord(
-        names=texts(fields.get("names")),
+        names=tuple(filter(None, texts(fields.get("names")))),
         image_id=text(fields.get("image")),
         created=parse_time(fields.get("created")),
         directory=f"{directory}/{container_id}",
