@@ -25,10 +25,27 @@ from execgate.rootless import user_id
 from execgate.runtime.conmon import longest_state_dir
 
 ENVIRONMENT_PREFIX = "EXECGATE_"
-DEFAULT_FILE = Path("/etc/execgate/execgate.toml")
-DEFAULT_LISTEN = "unix:///run/execgate.sock"
 RUNTIMES = ("runc", "crun")
 _PLACES = tuple(field.name for field in fields(Places) if field.name != "runtimes")
+
+
+def runtime_dir() -> Path:
+    """Return where sockets and state are by default: /run, for a user $XDG_RUNTIME_DIR."""
+    uid = user_id()
+    return Path("/run") if uid == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}")
+
+
+def default_listen() -> str:
+    """Return where the service listens, and its clients look, when nobody says otherwise."""
+    return f"unix://{runtime_dir()}/execgate.sock"
+
+
+def default_file() -> Path:
+    """Return the configuration that is read, if it is there, when nobody names another."""
+    if user_id() == 0:
+        return Path("/etc/execgate/execgate.toml")
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "execgate/execgate.toml"
 
 
 def _split(value: object) -> object:
@@ -61,8 +78,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    listen: _List = [DEFAULT_LISTEN]
-    state_dir: _Path = Path("/run/execgate")
+    listen: _List = Field(default_factory=lambda: [default_listen()])
+    state_dir: _Path = Field(default_factory=lambda: runtime_dir() / "execgate")
     runtime_roots: _List = []
     runtimes: Annotated[dict[str, _Path], BeforeValidator(_pairs)] = {}
     conmon: _Path | None = None
@@ -150,7 +167,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
     """
     path = flags.get("config") or environ.get(ENVIRONMENT_PREFIX + "CONFIG")
     sources = {
-        f"file {path or DEFAULT_FILE}": _read_file(Path(path) if path else None),
+        f"file {path or default_file()}": _read_file(Path(path) if path else None),
         "environment": {
             name: environ[ENVIRONMENT_PREFIX + name.upper()]
             for name in Config.model_fields
@@ -170,9 +187,9 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
 
 
 def _read_file(path: Path | None) -> dict[str, Any]:
-    if path is None and not DEFAULT_FILE.exists():
+    if path is None and not default_file().exists():
         return {}
-    path = path or DEFAULT_FILE
+    path = path or default_file()
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
