@@ -140,7 +140,7 @@ def config_v2(plan: Plan, directory: Path, version: str) -> dict[str, Any]:
     }
 
 
-def host_config(binary: str) -> dict[str, Any]:
+def host_config(plan: Plan, binary: str) -> dict[str, Any]:
     """Return a hostconfig.json: of one who asked for nothing."""
     return {
         "Binds": None,
@@ -149,7 +149,7 @@ def host_config(binary: str) -> dict[str, Any]:
         "NetworkMode": "bridge",
         "PortBindings": {},
         "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
-        "AutoRemove": False,
+        "AutoRemove": plan.auto_remove,
         "VolumeDriver": "",
         "VolumesFrom": None,
         "CapAdd": None,
@@ -201,7 +201,7 @@ def _write_record(record: Path, plan: Plan, data: Path, version: str, binary: st
     write_json(record, config_v2(plan, directory, version))
     with record.open("a") as file:
         file.write("\n")
-    write_json(directory / "hostconfig.json", host_config(binary), mode=0o644)
+    write_json(directory / "hostconfig.json", host_config(plan, binary), mode=0o644)
     write_text(directory / "hostname", f"{plan.id[:12]}\n", mode=0o644)
     write_text(directory / "hosts", "127.0.0.1\tlocalhost\n", mode=0o644)
     write_text(directory / "resolv.conf", "nameserver 127.0.0.53\n", mode=0o644)

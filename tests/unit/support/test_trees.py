@@ -154,3 +154,14 @@ def test_a_real_container_runs_among_the_written_ones(tmp_path: Path) -> None:
         assert [each.id for each in found if each.status is ContainerStatus.RUNNING] == [hex_id("real")]
     finally:
         real.delete(tree["real"], runc)
+
+
+@pytest.mark.parametrize(("version", "expected"), [("4.3", [["a", "b"], []]), ("5.8", [["b"], ["a"]])])
+def test_what_is_removed_at_its_end_is_in_a_list_of_its_own(
+    version: str, expected: list[list[str]], tmp_path: Path
+) -> None:
+    wanted = [Plan(id=hex_id("a"), name="a", auto_remove=True), Plan(id=hex_id("b"), name="b")]
+    store = podman_tree(tmp_path, wanted, version=version).store.containers
+    lists = [store / "containers.json", store / "volatile-containers.json"]
+    texts = [path.read_text() if path.exists() else "[]" for path in lists]
+    assert [sorted(entry["names"][0] for entry in json.loads(text)) for text in texts] == expected
