@@ -219,7 +219,7 @@ def nerdctl_tree(
 
 def _nerdctl_annotations(plan: Plan, namespace: str, store: Path) -> dict[str, str]:
     values = {
-        "auto-remove": "false",
+        "auto-remove": str(plan.auto_remove).lower(),
         "dns": compact({"DNSServers": None, "DNSResolvConfOptions": None, "DNSSearchDomains": None}),
         "domainname": "",
         "extraHosts": "null",

@@ -14,6 +14,14 @@ from support.trees.plan import Life, Placed, Places, Placing, Plan, User, hex_id
 from support.trees.runtimes import spec, write_state
 
 V20, V29 = "20.10", "29.0"
+_NO_DEVICES = (
+    *("BlkioWeightDevice", "BlkioDeviceReadBps", "BlkioDeviceWriteBps"),
+    *("BlkioDeviceReadIOps", "BlkioDeviceWriteIOps", "Devices"),
+)
+_NO_NUMBERS = (
+    *("BlkioWeight", "CpuPeriod", "CpuQuota", "CpuRealtimePeriod", "CpuRealtimeRuntime", "CpuCount", "CpuPercent"),
+    *("KernelMemory", "KernelMemoryTCP", "MemoryReservation", "MemorySwap", "IOMaximumIOps", "IOMaximumBandwidth"),
+)
 _NEVER = "0001-01-01T00:00:00Z"
 
 
@@ -132,8 +140,8 @@ def config_v2(plan: Plan, directory: Path, version: str) -> dict[str, Any]:
     }
 
 
-def host_config(version: str, binary: str) -> dict[str, Any]:
-    """Return a hostconfig.json: the fields that say how a container is run, and the usual neighbours."""
+def host_config(plan: Plan, binary: str) -> dict[str, Any]:
+    """Return a hostconfig.json: of one who asked for nothing."""
     return {
         "Binds": None,
         "ContainerIDFile": "",
@@ -141,10 +149,9 @@ def host_config(version: str, binary: str) -> dict[str, Any]:
         "NetworkMode": "bridge",
         "PortBindings": {},
         "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
-        "AutoRemove": False,
+        "AutoRemove": plan.auto_remove,
         "VolumeDriver": "",
         "VolumesFrom": None,
-        **({"ConsoleSize": [0, 0]} if version == V29 else {}),
         "CapAdd": None,
         "CapDrop": None,
         "CgroupnsMode": "private",
@@ -166,10 +173,18 @@ def host_config(version: str, binary: str) -> dict[str, Any]:
         "UsernsMode": "",
         "ShmSize": 67108864,
         "Runtime": Path(binary).name,
-        "CgroupParent": "",
+        "ConsoleSize": [0, 0],
+        "Isolation": "",
+        "CpuShares": 0,
         "Memory": 0,
         "NanoCpus": 0,
-        "PidsLimit": None,
+        "CgroupParent": "",
+        **{name: [] for name in _NO_DEVICES},
+        **dict.fromkeys(_NO_NUMBERS, 0),
+        **dict.fromkeys(("DeviceCgroupRules", "DeviceRequests", "MemorySwappiness", "PidsLimit")),
+        "CpusetCpus": "",
+        "CpusetMems": "",
+        "OomKillDisable": False,
         "Ulimits": [],
         "MaskedPaths": ["/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/sys/firmware"],
         "ReadonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
@@ -186,7 +201,7 @@ def _write_record(record: Path, plan: Plan, data: Path, version: str, binary: st
     write_json(record, config_v2(plan, directory, version))
     with record.open("a") as file:
         file.write("\n")
-    write_json(directory / "hostconfig.json", host_config(version, binary), mode=0o644)
+    write_json(directory / "hostconfig.json", host_config(plan, binary), mode=0o644)
     write_text(directory / "hostname", f"{plan.id[:12]}\n", mode=0o644)
     write_text(directory / "hosts", "127.0.0.1\tlocalhost\n", mode=0o644)
     write_text(directory / "resolv.conf", "nameserver 127.0.0.53\n", mode=0o644)

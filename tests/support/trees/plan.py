@@ -83,6 +83,7 @@ class Plan:
     pod: Pod | None = None
     is_infra: bool = False
     restarts: int = 0
+    auto_remove: bool = False
     runnable: bool = False
 
     @property
@@ -217,6 +218,7 @@ def plans(
                 init=next(process) if now.has_init else NOBODY,
                 created=EPOCH + 60 * number,
                 runtime=next(runtime),
+                auto_remove=number % 10 == 9,
             )
         )
     return result

@@ -64,7 +64,8 @@ def podman_tree(
     `renamed` maps names at creation to those that `podman rename` gave since: the store's list and the database
     follow it, the metadata in that list does not. The database is written for version 5 unless said otherwise.
 
-    An ended container keeps its bundle, and nothing of it is in the runtime's root.
+    An ended container keeps its bundle, and nothing of it is in the runtime's root. Those that are to be removed
+    at their end are, since version 4.4, in the store's volatile list.
     """
     renamed = renamed or {}
     places = Places(root, user)
@@ -73,23 +74,11 @@ def podman_tree(
     tmp_dir = places.run / ("libpod" if user is None else "libpod/tmp")
     given = list(wanted)
     everything = [*(_infra_of(pod, plan) for pod, plan in pods_in(given).items()), *given]
-    placed = []
-    for plan in everything:
-        _write_directories(store, plan)
-        config = podman_spec(plan, store, version)
-        bundle = store.lasting(plan.id)
-        if plan.life is not Life.NEW:
-            write_json(bundle / "config.json", config, mode=0o644)
-        file = write_state(roots[plan.runtime], plan, bundle, config, keeps_ended=False)
-        name = renamed.get(plan.name, plan.name)
-        record = store.containers / "containers.json"
-        placed.append(
-            Placed(plan=plan, name=name, state_dir=file.parent, state_file=file, bundle=bundle, record=record)
-        )
-    write_lists(store, [entry(one.plan, [one.name], _metadata(one.plan), volatile=False) for one in placed])
-    database = None
-    if version == V5 if with_database is None else with_database:
-        database = store.graph_root / "db.sql"
+    placed = [_place(plan, renamed.get(plan.name, plan.name), store, roots, version) for plan in everything]
+    entries = {kind: [_entry(one) for one in placed if one.plan.auto_remove is kind] for kind in (False, True)}
+    write_lists(store, *(entries.values() if version == V5 else ([*entries[False], *entries[True]],)))
+    database = store.graph_root / "db.sql" if (version == V5 if with_database is None else with_database) else None
+    if database is not None:
         _write_database(database, store, tmp_dir, placed)
     (tmp_dir / "exits").mkdir(parents=True)
     conf = write_storage_conf(places.config / "containers/storage.conf", store)
@@ -117,6 +106,7 @@ def container_config(plan: Plan, name: str, store: Store) -> dict[str, Any]:
         "labels": dict(plan.labels),
         "stopTimeout": 10 if plan.stop_timeout is None else plan.stop_timeout,
         "stdin": plan.tty,
+        "volatile": plan.auto_remove,
     }
     return {
         "spec": podman_spec(plan, store, V5),
@@ -197,10 +187,25 @@ def container_state(plan: Plan, store: Store) -> dict[str, Any]:
     } | {name: value for name, value in optional.items() if value}
 
 
+def _place(plan: Plan, name: str, store: Store, roots: Mapping[str, Path], version: str) -> Placed:
+    _write_directories(store, plan)
+    config, bundle = podman_spec(plan, store, version), store.lasting(plan.id)
+    if plan.life is not Life.NEW:
+        write_json(bundle / "config.json", config, mode=0o644)
+    file = write_state(roots[plan.runtime], plan, bundle, config, keeps_ended=False)
+    is_volatile = plan.auto_remove and version == V5
+    record = store.containers / ("volatile-containers.json" if is_volatile else "containers.json")
+    return Placed(plan=plan, name=name, state_dir=file.parent, state_file=file, bundle=bundle, record=record)
+
+
+def _entry(one: Placed) -> dict[str, Any]:
+    return entry(one.plan, [one.name], _metadata(one.plan), volatile=one.plan.auto_remove)
+
+
 def _annotations(plan: Plan, version: str) -> dict[str, str]:
     found = {
         "io.container.manager": "libpod",
-        "io.podman.annotations.autoremove": "FALSE",
+        "io.podman.annotations.autoremove": str(plan.auto_remove).upper(),
         "io.podman.annotations.init": "FALSE",
         "io.podman.annotations.privileged": "FALSE",
         "io.podman.annotations.publish-all": "FALSE",

@@ -5,6 +5,7 @@ Written after runc 1.1.5 (libcontainer's `State`) and crun 1.8.1 (`src/libcrun/s
 
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,26 @@ _USERS = {"": (0, 0), "1000": (1000, 0), "app": (1000, 1000), "app:staff": (1000
 _HIERARCHIES = ("blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "memory", "name=systemd", "pids")
 _NAMESPACES = {"pid": "NEWPID", "network": "NEWNET", "ipc": "NEWIPC", "uts": "NEWUTS", "mount": "NEWNS"}
 _DEVICES = {"null": 3, "random": 8, "full": 7, "zero": 5, "urandom": 9}
+_HOOKS = ("createContainer", "createRuntime", "poststart", "poststop", "prestart", "startContainer")
+_LOOPBACK = {
+    "type": "loopback",
+    **dict.fromkeys(("name", "bridge", "mac_address", "address", "gateway", "ipv6_address", "ipv6_gateway"), ""),
+    "mtu": 0,
+    "txqueuelen": 0,
+    "host_interface_name": "",
+    "hairpin_mode": False,
+}
+_NO_LIMITS: Mapping[str, Any] = {
+    "devices": [{"type": ord("a"), "major": -1, "minor": -1, "permissions": "rwm", "allow": False}],
+    **dict.fromkeys(("memory", "memory_reservation", "memory_swap", "cpu_shares", "cpu_quota", "cpu_period"), 0),
+    **dict.fromkeys(("cpu_rt_quota", "cpu_rt_period", "blkio_weight", "blkio_leaf_weight", "cpu_weight"), 0),
+    **dict.fromkeys(("cpuset_cpus", "cpuset_mems", "freezer"), ""),
+    **dict.fromkeys(("blkio_weight_device", "hugetlb_limit", "memory_swappiness", "rdma", "unified")),
+    "pids_limit": 2048,
+    "oom_kill_disable": False,
+    "net_cls_classid_u": 0,
+}
+"""libcontainer's `Resources` of a container that nobody limited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +85,17 @@ def spec(
     config = bundle_config(
         hostname=hostname or plan.id[:12], cgroup=cgroup, annotations=annotations, no_new_privileges=False
     )
-    config["root"]["path"] = os.fspath(rootfs)
+    config["root"] = {"path": os.fspath(rootfs)}
+    config["process"]["env"] = [*plan.env, *extra_env, *(["TERM=xterm"] if plan.tty else [])]
     if plan.runnable:
-        config["process"]["env"] = [*plan.env, *extra_env]
+        # A cgroup is unique on the whole host, and the parent that engines give it would stay behind.
+        config["linux"]["cgroupsPath"] = f"/execgate-{plan.id[:12]}-{secrets.token_hex(4)}"
         return config
     uid, gid = _USERS.get(plan.user, (0, 0))
     config["process"] |= {
         "terminal": plan.tty,
-        "user": {"uid": uid, "gid": gid, "umask": 0o22, "additionalGids": [gid, 2000]},
+        "user": {"uid": uid, "gid": gid, "additionalGids": [gid, 2000]},
         "args": list(plan.args),
-        "env": [*plan.env, *extra_env, *(["TERM=xterm"] if plan.tty else [])],
         "cwd": plan.cwd,
         "oomScoreAdj": 0,
     }
@@ -81,6 +103,12 @@ def spec(
         "resources": {"devices": [{"allow": False, "access": "rwm"}], "pids": {"limit": 2048}},
         "seccomp": spec_filter(),
     }
+    # Go omits what is empty: most documents have neither of these.
+    for place, field in (("process", "terminal"), ("process", "noNewPrivileges"), ("process", "env")):
+        if not config[place][field]:
+            del config[place][field]
+    if not annotations:
+        del config["annotations"]
     return config
 
 
@@ -128,7 +156,7 @@ def crun_status(plan: Plan, bundle: Path, config: Mapping[str, Any]) -> str:
 def runc_state(plan: Plan, bundle: Path, config: Mapping[str, Any]) -> str:
     """Return the text of runc's `state.json`: some 35 kB, of which the filter is three quarters."""
     pid, cgroup = plan.process.pid, config["linux"]["cgroupsPath"]
-    labels = [f"{name}={value}" for name, value in config["annotations"].items()]
+    labels = [f"{name}={value}" for name, value in config.get("annotations", {}).items()]
     document = {
         "id": plan.id,
         "init_process_pid": pid,
@@ -139,7 +167,7 @@ def runc_state(plan: Plan, bundle: Path, config: Mapping[str, Any]) -> str:
             "parent_death_signal": 0,
             "rootfs": str(bundle / config["root"]["path"]),
             "umask": 0o22,
-            "readonlyfs": config["root"]["readonly"],
+            "readonlyfs": False,
             "rootPropagation": 0,
             "mounts": [_state_mount(mount) for mount in config["mounts"]],
             "devices": [_state_device(name, minor) for name, minor in _DEVICES.items()],
@@ -153,16 +181,16 @@ def runc_state(plan: Plan, bundle: Path, config: Mapping[str, Any]) -> str:
                 "Permitted": sorted(DEFAULT_CAPABILITIES),
                 "Ambient": None,
             },
-            "networks": [{"type": "loopback", "name": "", "bridge": "", "mac_address": "", "mtu": 0}],
+            "networks": [_LOOPBACK],
             "routes": None,
-            "cgroups": {"path": cgroup, "scope_prefix": "", "pids_limit": 2048, "Systemd": False, "Rootless": False},
+            "cgroups": {"path": cgroup, "scope_prefix": "", **_NO_LIMITS, "Systemd": False, "Rootless": False},
             "uid_mappings": None,
             "gid_mappings": None,
             "mask_paths": config["linux"]["maskedPaths"],
             "readonly_paths": config["linux"]["readonlyPaths"],
             "sysctl": None,
             "seccomp": "@seccomp@",
-            "Hooks": {"createRuntime": None, "poststart": None, "poststop": None, "prestart": None},
+            "Hooks": dict.fromkeys(_HOOKS),
             "version": config["ociVersion"],
             "labels": [*labels, f"bundle={bundle}"],
             "no_new_keyring": False,
