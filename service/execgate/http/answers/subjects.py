@@ -15,7 +15,7 @@ NEVER = "0001-01-01T00:00:00Z"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A container with its bundle's config.json (empty when that cannot be read) and the sessions that run in it."""
+    """A container with its config.json (empty where only a summary is wanted) and the sessions that run in it."""
 
     container: Container
     spec: Mapping[str, Any]
