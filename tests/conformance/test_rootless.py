@@ -136,7 +136,8 @@ async def test_environment(client: Client, user: RootlessUser, container: Rootle
     """As podman's; what is its alone, rootful as well, is left to the tests of the engines: HOME and HOSTNAME."""
     flags, options = USERS[who]
     theirs = user.podman_exec(*flags, "--env=GIVEN=1", container.id, "env").stdout
-    ours = (await client.run(container.id, ["env"], env=["GIVEN=1"], **options)).stdout.decode()
+    given: ExecOptions = {**options, "env": ["GIVEN=1"]}
+    ours = (await client.run(container.id, ["env"], **given)).stdout.decode()
     assert variables(ours) == variables(theirs)
 
 

@@ -190,11 +190,11 @@ class RootlessUser:
     def _give(self, path: Path) -> None:
         shutil.chown(path, self.name, self.name)
 
-    def _argv(self, argv: Sequence[str | Path], *, in_view: bool = False, **environment: str | Path) -> list[str | Path]:
+    def _argv(self, argv: Sequence[str | Path], *, in_view: bool = False, **variables: str | Path) -> list[str | Path]:
         """Return how root runs a program as the user, in the user's home and with nothing else of root's."""
         enter = ["nsenter", f"--mount={self.view.namespace}"] if in_view and self.view is not None else []
         become = ["setpriv", f"--reuid={self.name}", f"--regid={self.name}", "--init-groups"]
-        given = [f"{name}={value}" for name, value in {**self.environment, **environment}.items()]
+        given = [f"{name}={value}" for name, value in {**self.environment, **variables}.items()]
         return [*enter, *become, "env", f"--chdir={self.home}", "--ignore-environment", *given, *argv]
 
     def _python(self) -> list[str]:
