@@ -75,7 +75,8 @@ async def test_the_service_lives_where_podman_does(
     client: Client, service: Service, user: RootlessUser, container: RootlessContainer
 ) -> None:
     for kind in ("user", "mnt"):
-        assert namespace(service.pid, kind) == namespace(user.pause_pid, kind) != namespace("self", kind)
+        theirs = Path(user.podman("unshare", "readlink", f"/proc/self/ns/{kind}").strip())
+        assert namespace(service.pid, kind) == theirs != namespace("self", kind)
     assert namespace(service.pid, "user") == namespace(container.init, "user")
     assert os.stat(f"/proc/{service.pid}").st_uid == user.uid
     assert Path(f"/proc/{service.pid}/cwd").readlink() == user.home
@@ -136,7 +137,8 @@ async def test_environment(client: Client, user: RootlessUser, container: Rootle
     """As podman's; what is its alone, rootful as well, is left to the tests of the engines: HOME and HOSTNAME."""
     flags, options = USERS[who]
     theirs = user.podman_exec(*flags, "--env=GIVEN=1", container.id, "env").stdout
-    ours = (await client.run(container.id, ["env"], env=["GIVEN=1"], **options)).stdout.decode()
+    given: ExecOptions = {**options, "env": ["GIVEN=1"]}
+    ours = (await client.run(container.id, ["env"], **given)).stdout.decode()
     assert variables(ours) == variables(theirs)
 
 

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import execgate
-from execgate.rootless import PAUSE_PID
 from support.bundle import SLEEP_FOREVER
 from support.cgroups import Cgroup2View, is_pure_cgroup2
 from support.errors import HostError
@@ -38,6 +37,7 @@ _PROGRAMS = {"podman": "podman", "newuidmap": "uidmap", "newgidmap": "uidmap", "
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USER_NAME = re.compile(r"execgate-t(\d+)")
 
+_PAUSE_PID = "libpod/tmp/pause.pid"
 _KILL_PASSES = 10
 _KILL_TIME = 10.0
 
@@ -139,14 +139,9 @@ class RootlessUser:
             raise HostError(f"execgate serve, rootless: {error}\n{service.log()[-4000:]}") from error
         return service
 
-    @property
-    def pause_pid(self) -> int:
-        """The pid of the process that holds the namespaces of the user's Podman."""
-        return int((self.runtime_dir / PAUSE_PID).read_text())
-
     def end_pause_process(self) -> None:
-        """End it, as a careless clean-up of the user's processes would."""
-        with contextlib.closing(os.fdopen(os.pidfd_open(self.pause_pid))) as fd:
+        """End the process by which Podman, up to version 5, finds its namespaces, as a rough clean-up would."""
+        with contextlib.closing(os.fdopen(os.pidfd_open(int((self.runtime_dir / _PAUSE_PID).read_text())))) as fd:
             signal.pidfd_send_signal(fd.fileno(), signal.SIGKILL)
             select.select([fd], [], [], _KILL_TIME)
 
@@ -190,13 +185,11 @@ class RootlessUser:
     def _give(self, path: Path) -> None:
         shutil.chown(path, self.name, self.name)
 
-    def _argv(
-        self, argv: Sequence[str | Path], *, in_view: bool = False, **environment: str | Path
-    ) -> list[str | Path]:
+    def _argv(self, argv: Sequence[str | Path], *, in_view: bool = False, **variables: str | Path) -> list[str | Path]:
         """Return how root runs a program as the user, in the user's home and with nothing else of root's."""
         enter = ["nsenter", f"--mount={self.view.namespace}"] if in_view and self.view is not None else []
         become = ["setpriv", f"--reuid={self.name}", f"--regid={self.name}", "--init-groups"]
-        given = [f"{name}={value}" for name, value in {**self.environment, **environment}.items()]
+        given = [f"{name}={value}" for name, value in {**self.environment, **variables}.items()]
         return [*enter, *become, "env", f"--chdir={self.home}", "--ignore-environment", *given, *argv]
 
     def _python(self) -> list[str]:

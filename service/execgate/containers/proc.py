@@ -7,6 +7,7 @@ today, and no answer is made up: a process that is gone is None or False, a host
 import fcntl
 import functools
 import os
+import resource
 
 from execgate.containers import cgroups
 from execgate.containers.files import read_kernel, translate
@@ -15,6 +16,27 @@ from execgate.model.process import ProcessIdentity
 
 _NS_GET_PARENT = 0xB702  # linux/nsfs.h
 _DEAD = frozenset("ZXx")
+_CAP_SYS_RESOURCE = 24  # linux/capability.h
+_LIMIT_COLUMN = 26  # fs/proc/base.c: proc_pid_limits
+_LIMITS = {
+    "Max cpu time": "RLIMIT_CPU",
+    "Max file size": "RLIMIT_FSIZE",
+    "Max data size": "RLIMIT_DATA",
+    "Max stack size": "RLIMIT_STACK",
+    "Max core file size": "RLIMIT_CORE",
+    "Max resident set": "RLIMIT_RSS",
+    "Max processes": "RLIMIT_NPROC",
+    "Max open files": "RLIMIT_NOFILE",
+    "Max locked memory": "RLIMIT_MEMLOCK",
+    "Max address space": "RLIMIT_AS",
+    "Max pending signals": "RLIMIT_SIGPENDING",
+    "Max msgqueue size": "RLIMIT_MSGQUEUE",
+    "Max nice priority": "RLIMIT_NICE",
+    "Max realtime priority": "RLIMIT_RTPRIO",
+    "Max realtime timeout": "RLIMIT_RTTIME",
+}
+INFINITY = 2**64 - 1
+"""No limit, as the kernel has it and the OCI specification writes it."""
 _OWN_FIRST = (cgroups.V2, "freezer", "pids", "devices", "memory", "cpu", "name=systemd")
 """The hierarchies that tell a container's processes, best first: runtimes create a cgroup in these."""
 
@@ -43,10 +65,32 @@ def namespace_pid(process: ProcessIdentity) -> int | None:
     return None
 
 
-def oom_score_adj(pid: int | str) -> int | None:
-    """Return how eagerly the kernel kills a process for memory, -1000 to 1000; None when it is gone."""
-    data = read_kernel(f"/proc/{pid}/oom_score_adj")
-    return int(data) if data else None
+def limits(pid: int) -> dict[str, tuple[int, int]]:
+    """Return the resource limits of a process that are not ours, by `RLIMIT_` name: soft and hard, getrlimit(2).
+
+    A hard limit above our own takes CAP_SYS_RESOURCE: without it, ours is returned instead. Empty when it is gone.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for line in (read_kernel(f"/proc/{pid}/limits") or b"").decode("ascii", "replace").splitlines()[1:]:
+        name = _LIMITS.get(line[:_LIMIT_COLUMN].strip())
+        if name is None:
+            continue
+        soft, hard = (INFINITY if word == "unlimited" else int(word) for word in line[_LIMIT_COLUMN:].split()[:2])
+        own = [INFINITY if value < 0 else value for value in resource.getrlimit(getattr(resource, name))]
+        if hard > own[1] and not _may_raise_limits():
+            soft, hard = min(soft, own[1]), own[1]
+        if [soft, hard] != own:
+            found[name] = (soft, hard)
+    return found
+
+
+@functools.cache
+def _may_raise_limits() -> bool:
+    for line in _required("/proc/self/status").splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapEff":
+            return bool(int(value, 16) >> _CAP_SYS_RESOURCE & 1)
+    return False
 
 
 @functools.cache

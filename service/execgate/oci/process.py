@@ -55,12 +55,14 @@ def build_process(
     console_size: ConsoleSize | None,
     all_capabilities: Sequence[str],
     manner: ExecManner = PLAIN,
+    default_limits: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
     """Return the process.json of an exec, ready for `json.dumps`.
 
     `container_process` is `process` of the container's config.json, any part of which may be missing. It is not
     changed, and the result shares its parts. `console_size` counts only with a TTY; `all_capabilities` are what
-    Privileged means; `manner` is how the container's engine departs from all this.
+    Privileged means; `manner` is how the container's engine departs from all this; `default_limits` are the soft and
+    hard limits that count where the container names none.
     """
     process = dict(container_process)  # what is inside is shared, and replaced where it differs
     # The container's terminal is not ours, and commandLine is the arguments in the Windows form.
@@ -76,6 +78,8 @@ def build_process(
         inherited = [entry for entry in inherited if not entry.startswith("TERM=")]
     process["env"] = _environment(inherited, config, user.home)
     process["user"] = _user(process.get("user"), user)
+    if default_limits:
+        process["rlimits"] = _limits(process.get("rlimits") or (), default_limits)
     capabilities = _capabilities(container_process, config, user, all_capabilities, manner)
     if capabilities is not None:
         process["capabilities"] = capabilities
@@ -138,6 +142,17 @@ def _user(inherited: object, user: ResolvedUser) -> dict[str, Any]:
     if isinstance(inherited, Mapping) and inherited.get("umask") is not None:
         numbers["umask"] = inherited["umask"]
     return numbers
+
+
+def _limits(named: Iterable[Mapping[str, Any]], default: Mapping[str, tuple[int, int]]) -> list[Mapping[str, Any]]:
+    """Return the container's limits, and for those that it does not name the default ones.
+
+    Without these an exec would have the service's own, a great many open files among them.
+    """
+    limits = {limit.get("type", ""): limit for limit in named}
+    for name, (soft, hard) in default.items():
+        limits.setdefault(name, {"type": name, "soft": soft, "hard": hard})
+    return list(limits.values())
 
 
 def _capabilities(

@@ -506,8 +506,8 @@ class SessionManager:
             console_size=size or self._early_sizes.get(session.id) or config.console_size,
             all_capabilities=self._all_capabilities,
             manner=container.manner,
+            default_limits=proc.limits(container.init.pid) if container.init is not None else {},
         )
-        _match_oom_score(process, container)
         # What may be attached to later has to be there from the start.
         attach = attach or config.on_disconnect is OnDisconnect.KEEP
         limit = None
@@ -588,17 +588,6 @@ class SessionManager:
             self._backlogs.pop(session_id, None)
             shutil.rmtree(self._capture_path(session_id), ignore_errors=True)
         return len(gone)
-
-
-def _match_oom_score(process: dict[str, Any], container: Container) -> None:
-    """Let an exec be killed for memory as eagerly as the container's init, where its bundle says nothing.
-
-    Only upwards: to lower the score takes CAP_SYS_RESOURCE, without which the runtime would refuse to start it.
-    """
-    if process.get("oomScoreAdj") is None and container.init is not None:
-        theirs = proc.oom_score_adj(container.init.pid)
-        if theirs is not None and theirs > (proc.oom_score_adj("self") or 0):
-            process["oomScoreAdj"] = theirs
 
 
 def running(container: Container) -> Container:
