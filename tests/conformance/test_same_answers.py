@@ -69,13 +69,13 @@ def without_primary_group(answer: Answer) -> Answer:
         return answer
     gid = found[1] or found[2]
 
-    def others(found: re.Match[str]) -> str:
+    def others(groups: re.Match[str]) -> str:
         # `1000(app),2000(extra)` or `1000 2000 `
-        groups = [group for group in re.split("[ ,]", found[2]) if group.partition("(")[0] not in ("", gid)]
-        return f"{found[1]}{','.join(groups)}"
+        return ",".join(one for one in re.split("[ ,]", groups[0]) if one.partition("(")[0] not in ("", gid))
 
-    output = re.sub(r"^(Groups:\t| groups=)(.*)$", others, answer.output.replace(" groups=", "\n groups="), flags=re.M)
-    return replace(answer, output=output.replace("\n groups=\n", "\n").replace("\n groups=", " groups="))
+    output = re.sub(r"(?<=^Groups:\t).*$", others, answer.output, flags=re.MULTILINE)
+    output = re.sub(r"(?<= groups=)\S+", others, output)
+    return replace(answer, output=output.replace(" groups=\n", "\n"))  # as `id` does without any
 
 
 def nothing(_answer: Answer) -> Answer:
