@@ -1,5 +1,7 @@
 """Every engine with every kind of container, and a service that looks at the same containers."""
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ from support.engines import (
     podman_engine,
 )
 from support.errors import HostError
-from support.runtimes import RuntimeHost
+from support.runtimes import crun_host
 from support.service import Service
 
 VARIANTS: Mapping[str, RunOptions] = {
@@ -75,41 +77,55 @@ def _possible(engine: Engine, options: RunOptions) -> RunOptions:
     return options
 
 
-def _docker(directory: Path, _request: pytest.FixtureRequest) -> AbstractContextManager[Engine]:
-    return docker_engine(directory)
+@contextlib.contextmanager
+def _podman_with_crun(directory: Path) -> Iterator[Podman]:
+    try:
+        host = crun_host(directory.with_name(f"{directory.name}-host"))
+    except HostError as error:
+        pytest.skip(f"crun cannot run here: {error}")
+    try:
+        with podman_engine(directory, runtimes={"crun": host.program}, cgroups=host.view is None) as engine:
+            yield engine
+    finally:
+        host.close()
 
 
-def _podman(directory: Path, _request: pytest.FixtureRequest) -> AbstractContextManager[Engine]:
-    return podman_engine(directory)
-
-
-def _podman_crun(directory: Path, request: pytest.FixtureRequest) -> AbstractContextManager[Engine]:
-    host: RuntimeHost = request.getfixturevalue("crun")
-    return podman_engine(directory, runtimes={"crun": host.program}, cgroups=host.view is None)
-
-
-def _containerd(directory: Path, _request: pytest.FixtureRequest) -> AbstractContextManager[Engine]:
-    return containerd_engine(directory)
-
-
-_ENGINES: Mapping[str, tuple[type[Engine], Callable[[Path, pytest.FixtureRequest], AbstractContextManager[Engine]]]] = {
-    "docker": (Docker, _docker),
-    "podman": (Podman, _podman),
-    "podman-crun": (Podman, _podman_crun),
-    "containerd": (Containerd, _containerd),
+_ENGINES: Mapping[str, tuple[type[Engine], Callable[[Path], AbstractContextManager[Engine]]]] = {
+    "docker": (Docker, docker_engine),
+    "podman": (Podman, podman_engine),
+    "podman-crun": (Podman, _podman_with_crun),
+    "containerd": (Containerd, containerd_engine),
 }
 
 ENGINES: Mapping[str, type[Engine]] = {name: kind for name, (kind, _) in _ENGINES.items()}
 
 
 @pytest.fixture(scope="session")
-def side(request: pytest.FixtureRequest, host_dir: Path, event_loop_name: str) -> Iterator[Side]:
-    """The engine that the test names, with its service."""
-    name: str = request.param
-    with _ENGINES[name][1](host_dir / name, request) as engine:
-        service = _service_for(engine, host_dir / f"{name}-service", event_loop_name)
-        yield Side(name, engine, service)
-        service.stop()
+def sides(host_dir: Path, event_loop_name: str) -> Iterator[Callable[[str], Side]]:
+    """Each engine by name, with its service; one at a time, so the last one ends when another is asked for."""
+    serial = itertools.count(1)
+    with contextlib.ExitStack() as stack:
+        current: list[Side] = []
+
+        def get(name: str) -> Side:
+            if not current or current[0].name != name:
+                current.clear()
+                stack.close()
+                directory = host_dir / f"{name}-{next(serial)}"
+                current.append(stack.enter_context(_side(name, directory, event_loop_name)))
+            return current[0]
+
+        yield get
+
+
+@contextlib.contextmanager
+def _side(name: str, directory: Path, event_loop: str) -> Iterator[Side]:
+    with _ENGINES[name][1](directory) as engine:
+        service = _service_for(engine, directory.with_name(f"{directory.name}-service"), event_loop)
+        try:
+            yield Side(name, engine, service)
+        finally:
+            service.stop()
 
 
 def _service_for(engine: Engine, directory: Path, event_loop: str) -> Service:

@@ -149,7 +149,8 @@ _REASON = re.compile(
     r"""|chdir to cwd \(".*?"\) set in config\.json failed: [a-z ]+"""
     r"""|unable to find (?:user|group) [^\s:]+: no matching entries in \w+ file"""
     r"""|unable to apply caps: [a-z ]+"""
-    r"""|no users found|no groups found""",
+    r"""|no users found|no groups found"""
+    r"""|(?:chdir `.*?`|executable file `.*?` not found in \$PATH|open executable): [A-Z][a-z]+(?: [a-z]+)*""",
     re.MULTILINE,
 )
 

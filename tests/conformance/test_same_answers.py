@@ -68,9 +68,14 @@ def without_primary_group(answer: Answer) -> Answer:
     if found is None:
         return answer
     gid = found[1] or found[2]
-    output = re.sub(rf"(?<=groups=){gid}(\(\w+\))?(,|$)", "", answer.output, flags=re.MULTILINE)
-    output = re.sub(rf"(?<=,){gid}(\(\w+\))?$", "", output, flags=re.MULTILINE).replace(" groups=\n", "\n")
-    return replace(answer, output=re.sub(rf"^(Groups:\t.*?)\b{gid} ", r"\1", output, flags=re.MULTILINE))
+
+    def others(groups: re.Match[str]) -> str:
+        # `1000(app),2000(extra)` or `1000 2000 `
+        return ",".join(one for one in re.split("[ ,]", groups[0]) if one.partition("(")[0] not in ("", gid))
+
+    output = re.sub(r"(?<=^Groups:\t).*$", others, answer.output, flags=re.MULTILINE)
+    output = re.sub(r"(?<= groups=)\S+", others, output)
+    return replace(answer, output=output.replace(" groups=\n", "\n"))  # as `id` does without any
 
 
 def nothing(_answer: Answer) -> Answer:
@@ -135,7 +140,7 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         ["containerd"],
         USERS,
-        "The same; and the words are Docker's: the API is.",
+        "As with the other engines; and the words are Docker's, whose API it is.",
         only_refused,
     ),
     Difference(
@@ -171,6 +176,13 @@ DIFFERENCES: tuple[Difference, ...] = (
         variants=["user", "number", "locked"],
     ),
     Difference(
+        ["podman-crun"],
+        ["env-of-unlisted-number"],
+        "Podman gives a number without a passwd line an empty HOME. runc makes `/` of it, as we do; crun leaves it.",
+        without(r"(?<=^HOME=)/$"),
+        variants=[name for name in VARIANTS if name not in ("user", "number")],  # the container has a HOME
+    ),
+    Difference(
         ["containerd"],
         ["id-name", "id-number", "privileges-of-app"],
         "ctr's exec gives a user no groups but the primary one; nerdctl's does, and so do the other engines'.",
@@ -191,25 +203,29 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
 )
 
+# What podman does is the same under both runtimes; what a runtime makes of it shows in these.
+_UNDER_CRUN = ("plain", "user", "locked", "terminal")
+
 CASES: list[tuple[str, str, Probe]] = [
     (engine, variant, probe)
     for engine, kind in ENGINES.items()
     for variant in VARIANTS
     for probe in PROBES
     if probe.fits(kind) and (variant == "plain" or not probe.once)
+    if engine != "podman-crun" or variant in _UNDER_CRUN
 ]
 
 
 @pytest.mark.parametrize(
-    ("side", "variant", "probe"),
+    ("engine", "variant", "probe"),
     CASES,
-    indirect=["side"],
     ids=[f"{engine}-{variant}-{probe.name}" for engine, variant, probe in CASES],
 )
-def test_the_answer_is_the_engine_s_own(side: Side, variant: str, probe: Probe) -> None:
+def test_the_answer_is_the_engine_s_own(sides: Callable[[str], Side], engine: str, variant: str, probe: Probe) -> None:
+    side = sides(engine)
     container = side.container(variant)
     theirs, ours = ask_engine(side.engine, container, probe), ask_api(side.api, container, probe)
-    known = [one for one in DIFFERENCES if one.concerns(side.name, variant, probe.name)]
+    known = [one for one in DIFFERENCES if one.concerns(engine, variant, probe.name)]
     for one in known:
         others = [other for other in known if other is not one]
         assert _likened(theirs, others) != _likened(ours, others), f"no longer different: {one.why}"

@@ -130,11 +130,6 @@ class Engine(ABC):
     def exec_argv(self, container: str, command: Sequence[str], options: ExecOptions) -> list[str]:
         """Return the command line of an exec; HostError for an option that the engine does not have."""
 
-    @property
-    @abstractmethod
-    def runtime_roots(self) -> Mapping[Path, str]:
-        """The state roots of the containers' runtimes, with the runtime's name."""
-
     @abstractmethod
     def remove(self, container: str) -> None:
         """End and remove a container; harmless when it is gone."""
@@ -319,11 +314,6 @@ class Docker(_DockerLike):
         return self.memory / "exec"
 
     @property
-    def runtime_roots(self) -> Mapping[Path, str]:
-        """See Engine."""
-        return {self.exec_root / f"runtime-{name}/moby": name for name in ("runc", *self._runtimes)}
-
-    @property
     def environment(self) -> dict[str, str]:
         """See Engine."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
@@ -394,11 +384,6 @@ class Podman(_DockerLike):
     def run_root(self) -> Path:
         """Where running containers have their files."""
         return self.memory / "run"
-
-    @property
-    def runtime_roots(self) -> Mapping[Path, str]:
-        """The runtimes' own defaults: podman names none to them. Other containers of this host are there as well."""
-        return {Path("/run") / name: name for name in self.runtimes}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -475,11 +460,6 @@ class Containerd(Engine):
     def runc_root(self) -> Path:
         """Where runc keeps its states, NAMESPACE/ID/state.json."""
         return self.memory / "runc"
-
-    @property
-    def runtime_roots(self) -> Mapping[Path, str]:
-        """See Engine. ctr names the root to the shim; without that it would be /run/containerd/runc."""
-        return {self.runc_root / self.namespace: "runc"}
 
     @property
     def environment(self) -> dict[str, str]:
