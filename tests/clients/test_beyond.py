@@ -60,7 +60,7 @@ async def detached(raw: RawClient, container: TestContainer, script: str, **fiel
 
 
 @asynccontextmanager
-async def attached(raw: RawClient, session_id: str, query: str = "") -> AsyncIterator[RawStream]:
+async def attached(raw: RawClient, session_id: str, query: str = "", *, tty: bool = False) -> AsyncIterator[RawStream]:
     """Attach to a running session, or to what was captured of one."""
     connection = await raw.connect()
     try:
@@ -68,7 +68,7 @@ async def attached(raw: RawClient, session_id: str, query: str = "") -> AsyncIte
             "POST", f"/exec/{session_id}/attach{query}", None, "Connection: Upgrade", "Upgrade: tcp"
         )
         await asyncio.get_running_loop().sock_sendall(connection, request)
-        stream = await answer_on(connection, multiplexed=True)
+        stream = await answer_on(connection, multiplexed=not tty)
         assert stream.status == 101, stream.head
         yield stream
     finally:
@@ -91,7 +91,7 @@ async def logs(raw: RawClient, session_id: str, query: str = "after=0") -> Answe
         request = request_bytes("GET", f"/exec/{session_id}/logs?{query}", None, "Connection: close")
         # HTTP/1.0: without chunks, the body is the stream itself.
         await asyncio.get_running_loop().sock_sendall(connection, request.replace(b"HTTP/1.1", b"HTTP/1.0", 1))
-        stream = await answer_on(connection, multiplexed=True)
+        stream = await answer_on(connection, multiplexed=not tty)
         assert stream.status == 200, stream.head
         async with asyncio.timeout(SOON):
             stdout, stderr = await stream.output()
@@ -313,6 +313,25 @@ async def test_captured_output_goes_on_in_the_next_service(new_service: NewServi
     assert (await logs(raw, session_id)).body == expected
     second.stop()
     assert not list((second.state_dir / "sessions").iterdir())
+
+
+async def test_a_terminal_is_taken_back_by_the_next_service(new_service: NewService, container: TestContainer) -> None:
+    """The service is killed under a shell with a terminal: the next one attaches to it, both ways."""
+    service = new_service()
+    raw = RawClient(service.socket)
+    session_id = await raw.create(container.id, "sh", Tty=True, OnDisconnect="keep")
+    first = await raw.start(session_id, tty=True)
+    await first.write(b"echo $((40+2))\n")
+    await first.output_until(b"42\r\n")
+    service.kill()
+    first.close()
+    second = new_service(service.directory)
+    raw = RawClient(second.socket)
+    async with asyncio.timeout(SOON), attached(raw, session_id, tty=True) as stream:
+        await stream.write(b"echo $((50+5))\n")
+        await stream.output_until(b"55\r\n")
+        await stream.write(b"exit 6\n")
+    assert (await waited(raw, session_id))["StatusCode"] == 6
 
 
 async def test_a_restart_in_the_middle_of_much_output(new_service: NewService, container: TestContainer) -> None:

@@ -455,11 +455,14 @@ class ConmonExec:
 class AdoptedExec:
     """A process that an earlier service started: its client is gone, its output and its end are not.
 
+    Without a TTY its stdin has ended with that service, and no output is lost. With one, what it wrote in between is:
+    conmon keeps nothing for a terminal that nobody looks at.
+
     The pid was written by conmon into a file, if the record has none: the service died during the start.
     """
 
     def __init__(self, directory: Path, session: ExecSession, cgroups: SessionCgroups) -> None:
-        self.streams = _reopen(directory, session.monitor)
+        self.streams = _reopen(directory, session)
         self.monitor = session.monitor
         self.tree: ProcessTree | None = None
         self._session_id = session.id
@@ -649,10 +652,13 @@ def _deadline(session: ExecSession) -> float:
     return session.started_at + session.config.timeout
 
 
-def _reopen(directory: Path, monitor: ProcessIdentity | None) -> ExecStreams:
-    """Open the output pipes that a living conmon holds for us; none where it is gone or holds none."""
+def _reopen(directory: Path, session: ExecSession) -> ExecStreams:
+    """Take back what a living conmon has for us: its attach socket, else the output pipes that it holds."""
+    monitor = session.monitor
     if monitor is None or pidfd.identify(monitor.pid) != monitor:
         return ExecStreams()
+    if session.config.tty:
+        return _reattach(directory, session)
     outputs: list[Output] = []
     try:
         held = json.loads((directory / _HELD).read_text(encoding="ascii"))
@@ -663,6 +669,19 @@ def _reopen(directory: Path, monitor: ProcessIdentity | None) -> ExecStreams:
     except (OSError, ValueError, AttributeError) as error:
         log.warning("the output of %s cannot be taken back: %s", directory.name, error)
     return ExecStreams(outputs=outputs)
+
+
+def _reattach(directory: Path, session: ExecSession) -> ExecStreams:
+    """Connect to the attach socket of a terminal anew; without one it was started with nothing attached."""
+    try:
+        connection = _connect_seqpacket(directory / "attach")
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("the terminal of %s cannot be taken back: %s", directory.name, error)
+        return ExecStreams()
+    return ExecStreams(
+        outputs=(AttachOutput(connection),), input=AttachInput(connection) if session.config.attach_stdin else None
+    )
 
 
 def _pid_file_identity(directory: Path) -> ProcessIdentity | None:
