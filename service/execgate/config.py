@@ -85,6 +85,7 @@ class Config(BaseModel):
     conmon: _Path | None = None
     engines: Annotated[list[EngineName], BeforeValidator(_split)] = list(EngineName)
     container_labels: _List = []
+    rootless: Literal["auto", "off"] = "auto"
     docker_data_root: _Path | None = None
     docker_exec_root: _Path | None = None
     containerd_root: _Path | None = None

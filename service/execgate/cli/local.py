@@ -108,7 +108,8 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     from execgate import app  # noqa: PLC0415  (the other commands need not wait for it)
 
     logs.set_up(config.log_level, config.log_format)
-    enter_podman(os.environ)
+    if config.rootless == "auto":
+        enter_podman(os.environ)
     _run(app.serve(config), config.event_loop)
     return 0
 
