@@ -91,7 +91,7 @@ async def logs(raw: RawClient, session_id: str, query: str = "after=0") -> Answe
         request = request_bytes("GET", f"/exec/{session_id}/logs?{query}", None, "Connection: close")
         # HTTP/1.0: without chunks, the body is the stream itself.
         await asyncio.get_running_loop().sock_sendall(connection, request.replace(b"HTTP/1.1", b"HTTP/1.0", 1))
-        stream = await answer_on(connection, multiplexed=not tty)
+        stream = await answer_on(connection, multiplexed=True)
         assert stream.status == 200, stream.head
         async with asyncio.timeout(SOON):
             stdout, stderr = await stream.output()
