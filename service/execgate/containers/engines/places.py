@@ -64,7 +64,7 @@ def _storage(environ: Mapping[str, str], *, user: bool) -> tuple[Path, Path]:
     else:
         files += [directory / "storage.conf" for directory in reversed(_SYSTEM)]
         defaults = (Path("/var/lib/containers/storage"), Path("/run/containers/storage"))
-    found = next((path for path in files if path.exists()), None)
+    found = next((path for path in files if os.path.exists(path)), None)  # noqa: PTH110  (that never raises)
     storage = table(_toml(found).get("storage")) if found else {}
     graph_root, run_root = (
         _expanded(text(storage.get(key)), environ) or default
@@ -111,7 +111,8 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:
     """Return a path of a configuration with its `$VARIABLES`; None for none."""
-    for name, value in sorted(environ.items(), reverse=True):
+    # $UID is containers/storage's own, and hardly ever in the environment.
+    for name, value in sorted({"UID": str(os.getuid()), **environ}.items(), reverse=True):
         path = path.replace(f"${{{name}}}", value).replace(f"${name}", value)
     return Path(path) if path.startswith("/") else None
 
