@@ -89,10 +89,7 @@ def parse_version(output: str) -> RuntimeVersion:
     holes = [hole for hole in _HOLES if hole.runtime == name and hole.is_in(number)]
     return RuntimeVersion(
         f"{name} {'.'.join(found.group(2, 3))}.{found[4] or 0}{rest}",
-        warnings=tuple(
-            f"{hole.name}: {hole.what}; fixed in {', '.join(map(_text, hole.fixed))}"
-            for hole in holes
-        ),
+        warnings=tuple(f"{hole.name}: {hole.what}; fixed in {', '.join(map(_text, hole.fixed))}" for hole in holes),
     )
 
 

@@ -1,8 +1,8 @@
 """Whatever changes on disk is in the next answer, also when it changes within one tick of the file system's clock.
 
 Containers come, go, start, die and change names at random, one change right after the other, and after each the
-catalog has to agree with a plain table. Files are replaced as the engines do it, on a file system that gives the inode
-of a removed file to the next one.
+catalog has to agree with a plain table. Files are replaced as the engines do it, on a file system that is as bad as one
+can be: its clock ticks a hundred times a second, and a new file has the inode of the one it replaces.
 """
 
 import itertools
@@ -18,8 +18,9 @@ from typing import ClassVar
 
 import pytest
 
-from execgate.containers import proc
+from execgate.containers import files, proc
 from execgate.containers.catalog import Catalog
+from execgate.containers.files import FileKey
 from execgate.model.container import ContainerStatus
 from execgate.model.errors import ExecgateError, NotFound
 from execgate.model.ids import ContainerId
@@ -28,6 +29,15 @@ from support.found import catalog_below, this_process
 from support.trees import NOBODY, Life, Placed, Plan, containerd_tree, docker_tree, hex_id, oci_tree, podman_tree
 
 STEPS = 120
+TICK = 10_000_000  # ns: CONFIG_HZ=100
+
+
+@pytest.fixture(autouse=True)
+def coarse_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(status: os.stat_result) -> FileKey:
+        return status.st_mtime_ns // TICK * TICK, status.st_size, 0, status.st_dev
+
+    monkeypatch.setattr(files, "_key", key)
 
 
 def parent() -> ProcessIdentity:
