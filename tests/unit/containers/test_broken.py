@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from execgate.containers.catalog import Catalog
 from execgate.model.container import ContainerStatus
 from execgate.model.errors import Internal, NotFound
 from execgate.model.ids import ContainerId
-from support.found import catalog_below, this_process
+from support.found import catalog_below, places_below, this_process
 from support.trees import (
     CONTAINER_BREAKERS,
     FILE_BREAKERS,
@@ -160,13 +161,12 @@ def test_the_list_that_all_share(tmp_path: Path, breaker: str, was_seen: bool) -
     wanted = podman(tmp_path, "crun")
     others = docker(tmp_path / "docker", "runc")
     catalog = catalog_below(tmp_path)
-    both = catalog_below(
-        tmp_path,
-        places={
-            "docker_data_root": tmp_path / "docker/var/lib/docker",
-            "docker_exec_root": tmp_path / "docker/run/docker",
-        },
+    two = replace(
+        places_below(tmp_path),
+        docker_data_root=tmp_path / "docker/var/lib/docker",
+        docker_exec_root=tmp_path / "docker/run/docker",
     )
+    both = catalog_below(tmp_path, places=two)
     path = wanted[0].record
     assert path is not None
     kept = path.with_suffix(".kept")
@@ -187,6 +187,13 @@ def test_the_list_that_all_share(tmp_path: Path, breaker: str, was_seen: bool) -
     assert catalog.problems() == []
 
 
+REPLACEMENTS: dict[str, Callable[[Path], None]] = {
+    "file": lambda path: path.touch(),
+    "fifo": lambda path: os.mkfifo(path),
+    "loop": lambda path: path.symlink_to(path.name),
+}
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -198,7 +205,7 @@ def test_the_list_that_all_share(tmp_path: Path, breaker: str, was_seen: bool) -
         "var/lib/nerdctl",
     ],
 )
-@pytest.mark.parametrize("kind", ["file", "fifo", "loop", "forbidden"])
+@pytest.mark.parametrize("kind", [*REPLACEMENTS, "forbidden"])
 def test_a_directory_of_an_engine(tmp_path: Path, place: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs what is below it, and no engine more."""
     make_all(tmp_path)
@@ -215,7 +222,7 @@ def test_a_directory_of_an_engine(tmp_path: Path, place: str, kind: str, monkeyp
         monkeypatch.setattr(os, "scandir", refuse)
     else:
         shutil.rmtree(path)
-        {"file": path.touch, "fifo": lambda: os.mkfifo(path), "loop": lambda: path.symlink_to(path.name)}[kind]()
+        REPLACEMENTS[kind](path)
     catalog = catalog_below(tmp_path)
     found = {container.engine for container in catalog.list()}
     assert len(everyone - found) <= 1

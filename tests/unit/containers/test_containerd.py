@@ -13,7 +13,7 @@ import pytest
 from execgate.model.container import Container, ContainerStatus, EngineName
 from execgate.model.errors import InvalidArgument, NotFound
 from execgate.model.ids import ContainerId
-from support.bolt import write_bolt
+from support.bolt import Tree, write_bolt
 from support.found import PROGRAMS, catalog_below, this_process
 from support.trees import (
     FILE_BREAKERS,
@@ -69,7 +69,7 @@ def test_every_life_of_a_task(tmp_path: Path, version: str) -> None:
 
 def test_what_only_its_database_knows(tmp_path: Path) -> None:
     tree = containerd_tree(tmp_path, [Plan(id="web", name="web", init=this_process(), labels={"a": "b"})])
-    record = {b"image": b"docker.io/library/nginx:1", b"labels": {b"com.example": b"yes"}}
+    record: Tree = {b"image": b"docker.io/library/nginx:1", b"labels": {b"com.example": b"yes"}}
     path = tree.data / "io.containerd.metadata.v1.bolt/meta.db"
     path.parent.mkdir()
     write_bolt(path, {b"v1": {b"default": {b"containers": {b"web": record}}}})

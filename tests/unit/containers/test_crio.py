@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from execgate.containers.entry import Entry
 from execgate.model.container import ContainerStatus, EngineName
 from execgate.model.errors import InvalidArgument, NotFound
 from execgate.model.ids import ContainerId
@@ -116,7 +117,12 @@ def test_a_sandbox_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     loads: list[str] = []
     source = catalog._shelves[[engine for engine, _ in catalog.looks()].index(EngineName.CRIO)].source
     load = source.load
-    monkeypatch.setattr(source, "load", lambda container_id: loads.append(container_id) or load(container_id))
+
+    def noted(container_id: ContainerId) -> Entry | None:
+        loads.append(container_id)
+        return load(container_id)
+
+    monkeypatch.setattr(source, "load", noted)
     with pytest.raises(NotFound):
         catalog.find("nosuch")
     assert loads == []

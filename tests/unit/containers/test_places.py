@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from execgate.config import Config
 from execgate.containers.engines import places
 from execgate.containers.engines.oci import default_roots
 from execgate.containers.engines.places import find_places
-from support.found import catalog_below, this_process
+from execgate.model.container import EngineName
+from support.found import catalog_below, places_below, this_process
 from support.trees import docker_tree, plans, podman_tree
 
 
@@ -126,7 +128,8 @@ def test_a_configuration_in_a_directory_that_is_closed(etc: Etc, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "stat", refuse)
-    assert find_places({"CONTAINERS_STORAGE_CONF": "/closed/storage.conf"}, user=False).storage_graph_root
+    found = find_places({"CONTAINERS_STORAGE_CONF": "/closed/storage.conf"}, user=False)
+    assert found.storage_graph_root == Path("/var/lib/containers/storage")
 
 
 def test_podmans_runtimes(etc: Etc, tmp_path: Path) -> None:
@@ -164,7 +167,8 @@ def test_a_tree_is_found_by_its_configuration(etc: Etc, tmp_path: Path) -> None:
 def test_a_runtime_root_without_dockers_data(tmp_path: Path) -> None:
     """The doctor says which option helps."""
     docker_tree(tmp_path, plans(1, inits=[this_process()]))
-    (look,) = dict(catalog_below(tmp_path, places={"docker_data_root": tmp_path / "nowhere"}).looks())["docker"]
+    moved = replace(places_below(tmp_path), docker_data_root=tmp_path / "nowhere")
+    (look,) = dict(catalog_below(tmp_path, places=moved).looks())[EngineName.DOCKER]
     assert not look.usable
     assert "set docker_data_root" in look.found
 

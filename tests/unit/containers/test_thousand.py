@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,10 +125,13 @@ def test_a_list_reads_nothing_again(hosts: dict[int, Catalog]) -> None:
     catalog = hosts[1000]
     opened: list[str] = []
     opening = os.open
+
+    def noted(path: str, *args: Any, **rest: Any) -> int:
+        opened.append(str(path))
+        return opening(path, *args, **rest)
+
     with pytest.MonkeyPatch.context() as patch, counted() as counts:
-        patch.setattr(
-            os, "open", lambda path, *args, **rest: (opened.append(str(path)), opening(path, *args, **rest))[1]
-        )
+        patch.setattr(os, "open", noted)
         assert len(catalog.list()) == 1000
     assert all(path.startswith("/proc/") for path in opened)
     assert counts["stat"] <= 8 * 1000
