@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ def this_process() -> ProcessIdentity:
     return ProcessIdentity(os.getpid(), proc.start_time(os.getpid()) or 0)
 
 
-def places_below(root: Path, **changes: Path) -> Places:
+def places_below(root: Path) -> Places:
     """Return the default places of every engine, below `root`."""
-    places = Places(
+    return Places(
         docker_data_root=root / "var/lib/docker",
         docker_exec_root=root / "run/docker",
         containerd_root=root / "var/lib/containerd",
@@ -35,12 +34,11 @@ def places_below(root: Path, **changes: Path) -> Places:
         storage_run_root=root / "run/containers/storage",
         runtimes={},
     )
-    return replace(places, **changes)
 
 
 def catalog_below(
-    root: Path, *, programs: Mapping[str, Path] = PROGRAMS, places: Mapping[str, Path] | None = None, **options: Any
+    root: Path, *, programs: Mapping[str, Path] = PROGRAMS, places: Places | None = None, **options: Any
 ) -> Catalog:
     """Return the catalog of all engines below `root`; `options` are those of `host_catalog`."""
     roots = [RuntimeRoot(root / "run/runc"), RuntimeRoot(root / "run/crun")]
-    return host_catalog(places_below(root, **(places or {})), roots, programs, **options)
+    return host_catalog(places or places_below(root), roots, programs, **options)

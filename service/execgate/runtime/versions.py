@@ -7,8 +7,11 @@ from pathlib import Path
 
 _TIMEOUT = 10.0
 _VERSION = re.compile(r"\b(runc|crun) version v?(\d+)\.(\d+)(?:\.(\d+))?(\S*)")
+_CANDIDATE = re.compile(r"[-~]rc\.?(\d+)")  # Debian writes 1.0.0~rc93+ds1
+_RELEASE = 10**6
 
-Number = tuple[int, int, int]
+Number = tuple[int, int, int, int]
+"""A version. The last part is the number of a release candidate; `_RELEASE`, which is more, without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +28,23 @@ class _Hole:
         return number < (same_line[0] if same_line else self.fixed[-1])
 
 
+def _released(*number: int) -> Number:
+    major, minor, patch = number
+    return major, minor, patch, _RELEASE
+
+
+_CAPABILITIES = "exec --cap, which execgate does not use, gives inheritable capabilities"
+
 _HOLES = (
-    _Hole("runc", "CVE-2022-29162", "an exec has inheritable capabilities", ((1, 1, 2),)),
-    _Hole("runc", "CVE-2024-21626", "an exec can reach the host through a leaked descriptor", ((1, 1, 12),)),
+    _Hole("runc", "CVE-2022-29162", _CAPABILITIES, (_released(1, 1, 2),)),
+    _Hole("runc", "CVE-2024-21626", "an exec can reach the host through a leaked descriptor", (_released(1, 1, 12),)),
     _Hole(
         "runc",
         "CVE-2025-52881",
         "a container can redirect what an exec writes below /proc",
-        ((1, 2, 8), (1, 3, 3), (1, 4, 0)),
+        (_released(1, 2, 8), _released(1, 3, 3), (1, 4, 0, 3)),
     ),
-    _Hole("crun", "CVE-2022-27650", "an exec has inheritable capabilities", ((1, 4, 4),)),
+    _Hole("crun", "CVE-2022-27650", _CAPABILITIES, (_released(1, 4, 4),)),
 )
 
 
@@ -73,18 +83,19 @@ def parse_version(output: str) -> RuntimeVersion:
         first = next(iter(output.splitlines()), "").strip()
         return RuntimeVersion(first[:80] or "tells no version")
     name, rest = found[1], found[5]
-    number: Number = (int(found[2]), int(found[3]), int(found[4] or 0))
     # 1.4.0-rc.2 comes before 1.4.0; what a distribution adds (1.1.5+ds1) does not.
-    if rest.startswith("-rc"):
-        number = (*number[:2], number[2] - 1)
+    candidate = _CANDIDATE.match(rest)
+    number = (int(found[2]), int(found[3]), int(found[4] or 0), int(candidate[1]) if candidate else _RELEASE)
     holes = [hole for hole in _HOLES if hole.runtime == name and hole.is_in(number)]
     return RuntimeVersion(
         f"{name} {'.'.join(found.group(2, 3))}.{found[4] or 0}{rest}",
-        warnings=tuple(
-            f"{hole.name}: {hole.what}; fixed in {', '.join('.'.join(map(str, one)) for one in hole.fixed)}"
-            for hole in holes
-        ),
+        warnings=tuple(f"{hole.name}: {hole.what}; fixed in {', '.join(map(_text, hole.fixed))}" for hole in holes),
     )
+
+
+def _text(number: Number) -> str:
+    *parts, candidate = number
+    return ".".join(map(str, parts)) + (f"-rc.{candidate}" if candidate != _RELEASE else "")
 
 
 BACKPORTS = "a distribution may have fixed this without a new version number: see its security tracker"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from execgate.containers.entry import EngineSource, Entry, Look, table, text, texts
-from execgate.containers.formats import FORMATS
+from execgate.containers.formats import FORMATS, MalformedError
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
     Programs,
@@ -88,15 +88,20 @@ class SharedRoots:
     def read(self, container_id: ContainerId, name: str = "") -> tuple[StateFile, OciRuntime]:
         """Return the state of a container, and the runtime that holds it. NotFound, MalformedError, Internal.
 
-        `name` is what its engine calls the runtime, "" when it does not say.
+        `name` is what its engine calls the runtime, "" when it does not say. A root that cannot be read hides no
+        container of another one.
         """
+        problem: Exception = NotFound("no such container")
         for root, directory in self._places(container_id):
             try:
                 state = read_state(directory, container_id)
             except NotFound:
                 continue
+            except (Internal, MalformedError) as error:
+                problem = error
+                continue
             return state, self._programs.runtime(root.dir, state, root.runtime_name or name or None)
-        raise NotFound("no such container")
+        raise problem
 
     def places(self, container_id: ContainerId) -> list[str]:
         """Return the directories in which its state would be."""

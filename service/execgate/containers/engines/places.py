@@ -64,7 +64,7 @@ def _storage(environ: Mapping[str, str], *, user: bool) -> tuple[Path, Path]:
     else:
         files += [directory / "storage.conf" for directory in reversed(_SYSTEM)]
         defaults = (Path("/var/lib/containers/storage"), Path("/run/containers/storage"))
-    found = next((path for path in files if path.exists()), None)
+    found = next((path for path in files if os.path.exists(path)), None)  # noqa: PTH110  (that never raises)
     storage = table(_toml(found).get("storage")) if found else {}
     graph_root, run_root = (
         _expanded(text(storage.get(key)), environ) or default
@@ -95,13 +95,13 @@ def _containers_confs(environ: Mapping[str, str], *, user: bool) -> Sequence[Pat
     files: list[Path] = []
     for directory in directories:
         files.append(directory / "containers.conf")
-        files += sorted((directory / "containers.conf.d").glob("*.conf"))
+        files += sorted(_glob(directory / "containers.conf.d", "*.conf"))
     return [*files, *last]
 
 
 def _remapped(data_root: Path) -> Path:
     """Return where dockerd with user namespaces keeps its data: below the ids of its root user, `UID.GID`."""
-    found = sorted(data_root.glob("[0-9]*.[0-9]*"), key=lambda path: path.stat().st_mtime)
+    found = sorted(_glob(data_root, "[0-9]*.[0-9]*"), key=lambda path: path.stat().st_mtime)
     return found[-1] if found else data_root
 
 
@@ -111,9 +111,18 @@ def _home(environ: Mapping[str, str]) -> Path:
 
 def _expanded(path: str, environ: Mapping[str, str]) -> Path | None:
     """Return a path of a configuration with its `$VARIABLES`; None for none."""
-    for name, value in sorted(environ.items(), reverse=True):
+    # $UID is containers/storage's own, and hardly ever in the environment.
+    for name, value in sorted({"UID": str(os.getuid()), **environ}.items(), reverse=True):
         path = path.replace(f"${{{name}}}", value).replace(f"${name}", value)
     return Path(path) if path.startswith("/") else None
+
+
+def _glob(directory: Path, pattern: str) -> list[Path]:
+    """Return what matches; nothing where we may not look."""
+    try:
+        return list(directory.glob(pattern))
+    except OSError:
+        return []
 
 
 def _json(path: Path) -> Mapping[str, object]:
