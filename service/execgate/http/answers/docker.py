@@ -200,4 +200,6 @@ def _age(subject: Subject) -> str:
         age = f"{seconds} seconds"
     suffix = " (Paused)" if one.status is ContainerStatus.PAUSED else ""
     words = {ContainerStatus.RUNNING: f"Up {age}", ContainerStatus.PAUSED: f"Up {age}"}
+    if one.status is ContainerStatus.EXITED and one.exit_code is not None:
+        return f"Exited ({one.exit_code})"
     return words.get(one.status, one.status.capitalize()) + suffix

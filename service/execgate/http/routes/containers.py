@@ -13,7 +13,7 @@ from execgate.http.filters import matches_label, parse_filters
 from execgate.http.query import flag
 from execgate.http.tree import Route
 from execgate.model.container import Container, ContainerStatus
-from execgate.model.errors import InvalidArgument
+from execgate.model.errors import InvalidArgument, NotFound
 from execgate.sessions.manager import SessionManager
 
 _FILTERS = frozenset({"name", "id", "label", "status"})
@@ -49,7 +49,13 @@ class ContainerRoutes:
     async def inspect(self, request: web.Request) -> web.Response:
         """GET /containers/{name}/json."""
         container = self._catalog.find(request.match_info["name"])
-        subject = Subject(container, self._catalog.spec(container), self._manager.running_in(container.id))
+        try:
+            spec = self._catalog.spec(container)
+        except NotFound:
+            if container.init is not None:
+                raise
+            spec = {}  # an engine keeps its record of a container that has ended, and not always the bundle
+        subject = Subject(container, spec, self._manager.running_in(container.id))
         return web.json_response(self._dialect.answers.container(subject, self._dialect.version_of(request)))
 
 
