@@ -2,7 +2,7 @@
 
 Each request is timed at the client, over a unix socket, in turns between the two services; the medians and their
 ratio are printed. A lookup by name, by id, by a prefix of the id, of a name that nobody has, and a whole exec of
-`true` in a real container. (The list grows with what it lists: it is given per container.)
+`true` in a real container; and the same look-ups without HTTP. The list grows with what it lists.
 """
 
 import asyncio
@@ -13,10 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 
 from bench import machine
+from execgate.config import load
 from execgate.containers import proc
+from execgate.containers.catalog import Catalog
+from execgate.engine import catalog_of
+from execgate.model.errors import NotFound
 from execgate.model.process import ProcessIdentity
 from support.async_raw import RawClient
 from support.population import Population, populate
@@ -44,9 +49,27 @@ def main() -> int:
                     begin = time.perf_counter()
                     asyncio.run(request(RawClient(service.socket), population))
                     times[count].append(time.perf_counter() - begin)
-            few, many = (statistics.median(times[count]) * 1000 for count in COUNTS)
-            print(f"{what:<28} {few:8.2f} {many:8.2f}   x {many / few:.2f}")
+            _print(what, *(statistics.median(times[count]) for count in COUNTS))
+        catalogs = [(catalog_of(load({}, population.environment)), population) for _, _, population in served]
+        for catalog, _ in catalogs:
+            catalog.list()
+        for what, look_up in _LOOK_UPS:
+            _print(what, *(_median(partial(look_up, catalog, population)) for catalog, population in catalogs))
     return 0
+
+
+def _print(what: str, few: float, many: float) -> None:
+    print(f"{what:<28} {few * 1000:8.2f} {many * 1000:8.2f}   x {many / few:.2f}", flush=True)
+
+
+def _median(ask: Callable[[], object]) -> float:
+    took = []
+    for _ in range(_ROUNDS):
+        begin = time.perf_counter()
+        with contextlib.suppress(NotFound):
+            ask()
+        took.append(time.perf_counter() - begin)
+    return statistics.median(took)
 
 
 @contextlib.contextmanager
@@ -93,6 +116,16 @@ _REQUESTS: tuple[tuple[str, int, Request], ...] = (
     ("inspect of nobody", _ROUNDS, lambda raw, _: _inspect(raw, "nosuch", 404)),
     ("exec and wait", _EXEC_ROUNDS, _exec),
     ("list all", 20, _list),
+)
+
+LookUp = Callable[[Catalog, Population], object]
+
+_LOOK_UPS: tuple[tuple[str, LookUp], ...] = (
+    ("find by name", lambda catalog, one: catalog.find(one.names[0])),
+    ("find by id", lambda catalog, one: catalog.find(one.real[0].plan.id)),
+    ("find by prefix", lambda catalog, one: catalog.find(one.real[0].plan.id[:12])),
+    ("find by a short prefix", lambda catalog, one: catalog.find(one.real[0].plan.id[:5])),
+    ("find nobody", lambda catalog, _: catalog.find("nosuch")),
 )
 
 if __name__ == "__main__":

@@ -58,14 +58,16 @@ LabelFilter = tuple[str, str | None]
 class _Shelf:
     """What is known of one engine.
 
-    `names` leads from each name to those that have it. `unsettled` are the entries that are too young to be known by
-    the keys of their files. `broken` are the containers that could not be read, with the reason.
+    `names` leads from each name to those that have it; `compared` are the source's own when all entries were last
+    compared with them. `unsettled` are the entries that are too young to be known by the keys of their files. `broken`
+    are the containers that could not be read, with the reason.
     """
 
     source: EngineSource
     ids: frozenset[ContainerId] = frozenset()
     entries: dict[ContainerId, Entry] = field(default_factory=dict)
     names: dict[str, set[ContainerId]] = field(default_factory=dict)
+    compared: object | None = None
     unsettled: set[ContainerId] = field(default_factory=set)
     broken: dict[ContainerId, tuple[str, str]] = field(default_factory=dict)
 
@@ -240,7 +242,10 @@ class Catalog:
     def _look_for_renamed(self) -> None:
         """Read again whoever may have got a name since it was read, and whoever could not be read."""
         for shelf in self._shelves:
-            renamed = [entry.id for entry in shelf.entries.values() if shelf.source.renamed(entry)]
+            names = shelf.source.names()
+            is_same = names is not None and names is shelf.compared
+            renamed = [] if is_same else [one.id for one in shelf.entries.values() if shelf.source.renamed(one)]
+            shelf.compared = names
             for container_id in {*renamed, *shelf.unsettled, *shelf.broken}:
                 self._read(shelf, container_id)
 

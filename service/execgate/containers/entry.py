@@ -89,6 +89,12 @@ class EngineSource(Protocol):
         At most one stat.
         """
 
+    def names(self) -> object | None:
+        """Return an object that is the same one as long as nobody can have got another name, as of the last `ids`.
+
+        None where only each container itself can tell.
+        """
+
     def problems(self) -> Mapping[str, str]:
         """Return the places that could not be looked at, each with the reason."""
 

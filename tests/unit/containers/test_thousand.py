@@ -1,16 +1,15 @@
 """A thousand containers: what a look-up costs does not depend on how many there are.
 
-Counted are the calls that reach for the file system, not the time, which belongs to the machine. The times are
-printed (`pytest -s`), for people.
+Counted are the calls that reach for the file system, not the time, which belongs to the machine: `python -m
+bench.scale` measures that.
 """
 
 import os
 import shutil
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 
 from execgate.containers.catalog import Catalog
 from execgate.model.container import Container, EngineName
-from execgate.model.errors import ExecgateError, NotFound
+from execgate.model.errors import NotFound
 from execgate.model.ids import ContainerId
 from support.found import catalog_below, this_process
 from support.trees import Life, docker_tree, nerdctl_tree, oci_tree, plans, podman_tree
@@ -146,29 +145,3 @@ def test_one_that_is_new_is_all_that_is_read(tmp_path: Path) -> None:
     with counted() as counts:
         assert catalog.find("new-0").id == fresh[0].id
     assert counts["open"] < 30
-
-
-def test_how_long_it_takes(hosts: dict[int, Catalog], capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is held to these times."""
-    catalog = hosts[1000]
-    lines = []
-    for engine in ENGINES.values():
-        container = sample(catalog, engine)
-        asked = questions(catalog, container) | {"short prefix": lambda ref=container.id[:6]: catalog.find(ref)}
-        lines += [f"  {engine:<12}{name:<14}{_median(ask):8.3f} ms" for name, ask in asked.items()]
-    lines.append(f"  {'any':<12}{'no such name':<14}{_median(lambda: catalog.find('nosuch')):8.3f} ms")
-    lines.append(f"  {'any':<12}{'list':<14}{_median(catalog.list, 5):8.3f} ms")
-    with capsys.disabled():
-        print("\n1,000 containers, median of a look-up:", *lines, sep="\n")
-    assert len(lines) == 4 * 7 + 2
-
-
-def _median(ask: Callable[[], object], times: int = 50) -> float:
-    """Return milliseconds."""
-    took = []
-    for _ in range(times):
-        begin = time.perf_counter()
-        with suppress(ExecgateError):
-            ask()
-        took.append(time.perf_counter() - begin)
-    return 1000 * statistics.median(took)

@@ -119,6 +119,10 @@ class ContainerdSource:
         name = self._names.find(self._namespace_of.get(entry.id, ""), entry.id)
         return name not in ("", entry.names[0])
 
+    def names(self) -> object:
+        """See EngineSource: what was read of nerdctl's stores."""
+        return self._names.all
+
     def problems(self) -> Mapping[str, str]:
         """See EngineSource."""
         return self._problems
@@ -192,6 +196,11 @@ class NerdctlNames:
         self._seen: dict[str, FileKey | None] = {}
         self._holders: dict[str, tuple[FileKey | None, str]] = {}
         self._names: dict[tuple[str, str], str] = {}
+
+    @property
+    def all(self) -> Mapping[tuple[str, str], str]:
+        """The names as of the last `refresh`, by namespace and id: the same object until they are read again."""
+        return self._names
 
     def find(self, namespace: str, container_id: str) -> str:
         """Return the name of a container as of the last `refresh`, "" without one."""

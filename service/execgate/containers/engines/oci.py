@@ -176,6 +176,10 @@ class OciSource:
         """See EngineSource: an id is for ever."""
         return False
 
+    def names(self) -> object:
+        """See EngineSource."""
+        return self
+
     def problems(self) -> Mapping[str, str]:
         """See EngineSource."""
         return self._roots.problems | self._roots.taken()

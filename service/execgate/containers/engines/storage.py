@@ -227,6 +227,10 @@ class StorageSource:
         own = record.names or (entry.id,)
         return entry.names != (own if self.engine is EngineName.PODMAN else (*entry.names[:2], *record.names))
 
+    def names(self) -> object:
+        """See EngineSource: what was read of the lists."""
+        return self._storage.records
+
     def problems(self) -> Mapping[str, str]:
         """See EngineSource."""
         return self._storage.problems | (self._database.problems if self._database is not None else {})
