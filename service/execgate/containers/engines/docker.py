@@ -6,8 +6,8 @@ of its runtime, `EXEC_ROOT/runtime-NAME/moby/ID`, and a bundle of containerd's, 
 A stopped one has neither. (Seen with 20.10; the same in the source of 29.)
 """
 
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,50 +77,28 @@ class DockerSource:
         if record.get("ID") != container_id:
             raise MalformedError("its id is not the name of its directory")
         host, host_key = _read_host(host_path)
-        read_from: list[Source] = [(config_path, key), (host_path, host_key)]
         name = text(host.get("Runtime")) or _DEFAULT_RUNTIME
-        config, status = table(record.get("Config")), table(record.get("State"))
-        known: dict[str, Any] = {
-            "id": container_id,
-            "engine": self.engine,
-            "names": (text(record.get("Name")).removeprefix("/") or container_id,),
-            "place": directory,
-            "created": parse_time(record.get("Created")),
-            "labels": text_table(config.get("Labels")),
-            "image": text(config.get("Image")) or text(record.get("Image")),
-            "image_id": text(record.get("Image")),
-            "command": tuple(filter(None, (text(record.get("Path")), *texts(record.get("Args"))))),
-            "user": text(config.get("User")),
-            "tty": config.get("Tty") is True,
-            "privileged": host.get("Privileged") is True,
-            "stop_timeout": seconds(config.get("StopTimeout")),
-            # dockerd makes the environment of an exec anew: TERM is in it for a terminal of the exec's own. Of the
-            # capabilities it touches nothing but for Privileged (execSetPlatformOpt).
-            "manner": ExecManner(
-                own_terminal=config.get("Tty") is True
-                and not any(entry.startswith("TERM=") for entry in texts(config.get("Env"))),
-                fixed_capabilities=True,
-            ),
-        }
+        read_from: list[Source] = [(config_path, key), (host_path, host_key)]
         state = self._state(container_id, name, read_from)
+        stopped = replace(
+            _described(container_id, record, host),
+            runtime=OciRuntime(name, Path(name), self._root(name)),
+            place=directory,
+            bundle=Path(directory),
+            spec_path=f"{directory}/config.json",
+            read_from=tuple(read_from),
+        )
         if state is None:
-            return Entry(
-                **known,
-                runtime=OciRuntime(name, Path(name), self._root(name)),
-                bundle=Path(directory),
-                spec_path=f"{directory}/config.json",
-                created_only=parse_time(status.get("StartedAt")) == 0.0,
-                exit_code=_exit_code(status),
-                read_from=tuple(read_from),
-            )
-        return Entry(
-            **known,
-            runtime=shim_runtime(state, Path(os.path.dirname(state.directory)), self._programs),  # noqa: PTH120
+            return stopped
+        return replace(
+            stopped,
+            runtime=shim_runtime(state, Path(state.directory).parent, self._programs),
             bundle=state.state.bundle,
             spec_path=state.spec_path,
             init=state.state.init,
             exec_fifo=state.exec_fifo,
-            read_from=tuple(read_from),
+            created_only=False,
+            exit_code=None,
             flaw=read_spec_or_reason(self._specs, state.spec_path)[2],
         )
 
@@ -172,6 +150,39 @@ class DockerSource:
 
     def _roots(self) -> list[str]:
         return sorted(map(str, self._exec_root.glob(f"{_RUNTIME_ROOT}*/{_NAMESPACE}*")))
+
+
+def _described(container_id: ContainerId, record: Mapping[str, Any], host: Mapping[str, Any]) -> Entry:
+    """Return what dockerd's two files tell of a container; where it is and what runs it is the caller's to fill in."""
+    config, status = table(record.get("Config")), table(record.get("State"))
+    tty = config.get("Tty") is True
+    return Entry(
+        id=container_id,
+        engine=EngineName.DOCKER,
+        names=(text(record.get("Name")).removeprefix("/") or container_id,),
+        runtime=OciRuntime("", Path(), Path()),
+        bundle=Path(),
+        spec_path="",
+        place="",
+        read_from=(),
+        created=parse_time(record.get("Created")),
+        created_only=parse_time(status.get("StartedAt")) == 0.0,
+        exit_code=_exit_code(status),
+        labels=text_table(config.get("Labels")),
+        image=text(config.get("Image")) or text(record.get("Image")),
+        image_id=text(record.get("Image")),
+        command=tuple(filter(None, (text(record.get("Path")), *texts(record.get("Args"))))),
+        user=text(config.get("User")),
+        tty=tty,
+        privileged=host.get("Privileged") is True,
+        stop_timeout=seconds(config.get("StopTimeout")),
+        # dockerd makes the environment of an exec anew: TERM is in it for a terminal of the exec's own. Of the
+        # capabilities it touches nothing but for Privileged (execSetPlatformOpt).
+        manner=ExecManner(
+            own_terminal=tty and not any(entry.startswith("TERM=") for entry in texts(config.get("Env"))),
+            fixed_capabilities=True,
+        ),
+    )
 
 
 def _read_host(path: str) -> tuple[Mapping[str, Any], FileKey | None]:
