@@ -150,10 +150,11 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
     """
     async with contextlib.AsyncExitStack() as cleanup:
         _take_state_dir(config.state_dir, cleanup)
-        store = SessionStore(config.state_dir / DATABASE, boot_id=proc.boot_id())
-        cleanup.callback(store.close)
         cgroups = SessionCgroups.open()
         cleanup.callback(cgroups.close)
+        runtime = _runtime(config, cgroups)
+        store = SessionStore(config.state_dir / DATABASE, boot_id=proc.boot_id(), lost=runtime.records)
+        cleanup.callback(store.close)
         events = EventBus()
         cleanup.callback(events.close)
         captures = config.state_dir / "captures"
@@ -162,7 +163,7 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
         await asyncio.to_thread(_look_around, catalog, config)
         manager = SessionManager(
             containers=catalog,
-            runtime=_runtime(config, cgroups),
+            runtime=runtime,
             store=store,
             events=events,
             read_accounts=_read_accounts,

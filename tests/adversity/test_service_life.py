@@ -152,19 +152,16 @@ def test_the_socket_is_private(new_service: NewService) -> None:
     assert (service.state_dir / "sessions.db").stat().st_mode & 0o777 == 0o600
 
 
-_ROW_19 = pytest.mark.xfail(raises=HostError, reason="row 19 (a corrupt database is set aside) is not built yet")
-
-
 @pytest.mark.parametrize(
     "database",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(b"not a database" * 100, id="garbage", marks=_ROW_19),
-        pytest.param(b"SQLite format 3\0" + b"\0" * 5000, id="zeros", marks=_ROW_19),
+        pytest.param(b"not a database" * 100, id="garbage"),
+        pytest.param(b"SQLite format 3\0" + b"\0" * 5000, id="zeros"),
     ],
 )
 def test_a_broken_database_is_no_end(new_service: NewService, host_dir: Path, database: bytes) -> None:
-    """Row 19, as far as: the service starts, and says nothing of tracebacks."""
+    """Row 19: the service starts, and says nothing of tracebacks."""
     first = new_service()
     first.stop()
     for old in first.state_dir.glob("sessions.db*"):
@@ -172,6 +169,40 @@ def test_a_broken_database_is_no_end(new_service: NewService, host_dir: Path, da
     (first.state_dir / "sessions.db").write_bytes(database)
     second = new_service(first.directory)
     assert RawApi(second.socket).call("GET", "/_ping").status == 200
+
+
+@pytest.mark.parametrize("damage", [b"not a database" * 400, b"\0" * 4096], ids=["garbage", "zeros"])
+def test_a_broken_database_loses_no_session_that_runs(
+    new_service: NewService, runc_container: TestContainer, damage: bytes
+) -> None:
+    """Row 19: what runs is known from its directory. Captured output and exit codes are as if nothing had happened."""
+    first = new_service()
+    api = RawApi(first.socket)
+    script = "echo begun; until [ -e /tmp/go-on ]; do sleep 0.05; done; echo ended; exit 6"
+    (runc_container.rootfs / "tmp/go-on").unlink(missing_ok=True)
+    labels = {"job": "one"}
+    plain = api.create(runc_container.id, "sh", "-c", script, CaptureStdout=True, Labels=labels)
+    terminal = api.create(runc_container.id, "sh", "-c", script, Tty=True)
+    for one in (plain, terminal):
+        assert api.call("POST", f"/exec/{one}/start", {"Detach": True}).status == 200
+    pids = {one: api.inspect(one)["Pid"] for one in (plain, terminal)}
+    first.kill()
+    for rest in first.state_dir.glob("sessions.db-*"):
+        rest.unlink()
+    (first.state_dir / "sessions.db").write_bytes(damage)
+    second = new_service(first.directory)
+    api = RawApi(second.socket)
+    for one in (plain, terminal):
+        inspected = api.inspect(one)
+        assert (inspected["Running"], inspected["Pid"]) == (True, pids[one])
+    assert api.inspect(plain)["Labels"] == labels
+    (runc_container.rootfs / "tmp/go-on").touch()
+    for one in (plain, terminal):
+        assert api.call("POST", f"/exec/{one}/wait").json["StatusCode"] == 6
+    frames = (b"\1\0\0\0\0\0\0\6" + text for text in (b"begun\n", b"ended\n"))
+    assert api.call("GET", f"/exec/{plain}/logs").body == b"".join(frames)
+    assert (first.state_dir / "sessions.broken").read_bytes() == damage
+    assert "2 sessions are taken over" in second.log()
 
 
 # -- systemd

@@ -39,7 +39,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,19 @@ def session_directory(parent: Path, session_id: SessionId) -> Path:
     return parent / session_id[:32]
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a session's directory keeps for the next service.
+
+    `streams`: which of conmon's descriptors are the read ends of the output pipes, by stream. `record` is that of the
+    session when it was started, in case the database is lost.
+    """
+
+    streams: Mapping[int, int]
+    monitor: ProcessIdentity | None
+    record: str
+
+
 class ConmonRuntime:
     """Starts processes in containers.
 
@@ -149,11 +162,12 @@ class ConmonRuntime:
         # As it is now: the service may raise its own later, and a container without one must not inherit that.
         self._nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> "ConmonExec":
+    async def prepare(self, request: ExecRequest, intend: Callable[[], str]) -> "ConmonExec":
         """Make everything ready for `request`, up to the last step. Unavailable when the host cannot.
 
         `intend` is called when the host has given what it takes, and before there is anything to run: process.json
-        is written after it. A service that dies in between leaves a conmon whose runtime finds no process.
+        is written after it. A service that dies in between leaves a conmon whose runtime finds no process. It returns
+        the session's record, which is kept beside the process: see `records`.
         """
         directory = session_directory(self._directory, request.session_id)
         try:
@@ -167,8 +181,8 @@ class ConmonRuntime:
         try:
             # conmon initialises meanwhile, on another processor.
             self._cgroups.add(request.session_id, execution.monitor_pid)
-            intend()
-            _write_files(directory, request.process, execution.held)
+            record = intend()
+            _write_files(directory, request.process, Held(execution.held, execution.monitor, record))
             if request.tty and request.attached:
                 await asyncio.wait_for(execution.connect(), self._start_timeout)
         except BaseException as error:
@@ -183,6 +197,13 @@ class ConmonRuntime:
     def adopt(self, session: ExecSession) -> "AdoptedExec":
         """Take back a process that an earlier service started."""
         return AdoptedExec(session_directory(self._directory, session.id), session, self._cgroups)
+
+    def records(self) -> Iterator[str]:
+        """Yield the record of each session that may still run, as it was when it was about to be started."""
+        for directory in sorted(self._directory.iterdir()):
+            held = _read_held(directory)
+            if held is not None and held.record:
+                yield held.record
 
     def sweep(self, keep: Collection[SessionId]) -> None:
         """Clear away what belongs to no session of `keep`: cgroups without a process, directories without a living one.
@@ -462,8 +483,9 @@ class AdoptedExec:
     """
 
     def __init__(self, directory: Path, session: ExecSession, cgroups: SessionCgroups) -> None:
-        self.streams = _reopen(directory, session)
-        self.monitor = session.monitor
+        held = _read_held(directory) or Held({}, None, "")
+        self.monitor = session.monitor or held.monitor
+        self.streams = _reopen(directory, session, held, self.monitor)
         self.tree: ProcessTree | None = None
         self._session_id = session.id
         self._directory = directory
@@ -474,6 +496,11 @@ class AdoptedExec:
         if self._process is not None:
             self._pidfd = pidfd.open_pidfd(self._process)
             self.tree = ProcessTree(cgroups, session.id, self._process)
+
+    @property
+    def process(self) -> ProcessIdentity | None:
+        """Who it is; None when it was never started."""
+        return self._process
 
     async def start(self) -> ProcessIdentity:
         """It has been started. Internal when it never was."""
@@ -652,21 +679,18 @@ def _deadline(session: ExecSession) -> float:
     return session.started_at + session.config.timeout
 
 
-def _reopen(directory: Path, session: ExecSession) -> ExecStreams:
+def _reopen(directory: Path, session: ExecSession, held: Held, monitor: ProcessIdentity | None) -> ExecStreams:
     """Take back what a living conmon has for us: its attach socket, else the output pipes that it holds."""
-    monitor = session.monitor
     if monitor is None or pidfd.identify(monitor.pid) != monitor:
         return ExecStreams()
     if session.config.tty:
         return _reattach(directory, session)
     outputs: list[Output] = []
     try:
-        held = json.loads((directory / _HELD).read_text(encoding="ascii"))
-        for stream, number in held.items():
-            path = f"/proc/{monitor.pid}/fd/{int(number)}"
-            pipe = Descriptor(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-            outputs.append(PipeOutput(pipe, int(stream)))
-    except (OSError, ValueError, AttributeError) as error:
+        for stream, number in held.streams.items():
+            pipe = Descriptor(os.open(f"/proc/{monitor.pid}/fd/{number}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            outputs.append(PipeOutput(pipe, stream))
+    except OSError as error:
         log.warning("the output of %s cannot be taken back: %s", directory.name, error)
     return ExecStreams(outputs=outputs)
 
@@ -702,11 +726,26 @@ def _copy_above(fd: int, least: int, theirs: contextlib.ExitStack) -> int:
     return copy.fileno()
 
 
-def _write_files(directory: Path, process: Mapping[str, Any], held: Mapping[int, int]) -> None:
+def _read_held(directory: Path) -> Held | None:
+    """Return what a session's directory says of it; None when it says nothing that can be understood."""
+    try:
+        fields = json.loads((directory / _HELD).read_text(encoding="utf-8"))
+        streams = {int(stream): int(number) for stream, number in fields["streams"].items()}
+        monitor = ProcessIdentity(*map(int, fields["monitor"])) if fields["monitor"] else None
+        return Held(streams, monitor, str(fields["record"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            log.warning("what %s says of its session cannot be understood: %r", directory.name, error)
+        return None
+
+
+def _write_files(directory: Path, process: Mapping[str, Any], held: Held) -> None:
     """Write what conmon and its runtime read once they are let go, and what the next service reads."""
     text = str(directory)
     os.mkdir(f"{text}/exit", 0o700)  # noqa: PTH102  (Path costs more than the system call)
-    _write_new(f"{text}/{_HELD}", json.dumps(held).encode("ascii"))
+    monitor = [held.monitor.pid, held.monitor.start_time] if held.monitor is not None else None
+    fields = {"streams": held.streams, "monitor": monitor, "record": held.record}
+    _write_new(f"{text}/{_HELD}", json.dumps(fields).encode())
     # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
     _write_new(f"{text}/process.json", json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
 

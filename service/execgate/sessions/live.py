@@ -62,6 +62,14 @@ class Execution(Protocol):
         """Let go of it without ending it."""
 
 
+class Adopted(Execution, Protocol):
+    """A process that an earlier service started."""
+
+    @property
+    def process(self) -> ProcessIdentity | None:
+        """Who it is; None when it was never started."""
+
+
 class AttachedClient(Client, Protocol):
     """A client that a session can also part from."""
 

@@ -37,7 +37,7 @@ from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
 from execgate.sessions.ledger import Ledger
-from execgate.sessions.live import BOTH, AttachedClient, Execution, LiveSession
+from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,13 @@ _END_GRACE = 2.0
 class Runtime(Protocol):
     """What runs processes in containers."""
 
-    async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> Execution:
-        """Make everything ready but the last step; call `intend` before anything could run. Unavailable."""
+    async def prepare(self, request: ExecRequest, intend: Callable[[], str]) -> Execution:
+        """Make everything ready but the last step; call `intend` before anything could run. Unavailable.
 
-    def adopt(self, session: ExecSession) -> Execution:
+        What it returns, the session's record, is kept as long as the process may run.
+        """
+
+    def adopt(self, session: ExecSession) -> Adopted:
         """Take back a process that an earlier service started."""
 
     def sweep(self, keep: Collection[SessionId]) -> None:
@@ -374,7 +377,8 @@ class SessionManager:
         for session in adopted:
             backlog = await self._captured(session) if session.config.captured else MemoryBacklog()
             backlog.finished = False
-            self._new_live(session, backlog).adopt(self._runtime.adopt(session))
+            execution = self._runtime.adopt(session)
+            self._new_live(self._known_to_run(session, execution), backlog).adopt(execution)
         self._clear_away()
         self._remove_strays()
         return len(adopted)
@@ -471,10 +475,11 @@ class SessionManager:
             request = self._request(session, container, size, attach=attach, preserved=preserved)
             begun: LiveSession | None = None
 
-            def intend() -> None:
+            def intend() -> str:
                 nonlocal begun
                 begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
                 self._early_sizes.pop(session.id, None)
+                return self._store.text_of(session.id)
 
             try:
                 execution = await self._runtime.prepare(request, intend)
@@ -552,6 +557,12 @@ class SessionManager:
             loaded.finished = not session.running
             self._backlogs.setdefault(session.id, loaded)
         return self._backlogs[session.id]
+
+    def _known_to_run(self, session: ExecSession, execution: Adopted) -> ExecSession:
+        """Return the record of a process that was taken back: with who it is, if only its start is on record."""
+        if session.state is not SessionState.STARTING or execution.process is None:
+            return session
+        return self._ledger.running(session, execution.process, execution.monitor)
 
     def _clear_away(self) -> None:
         self._runtime.sweep({*self._live, *(live.session.id for live in self._ending)})

@@ -16,7 +16,7 @@ be understood is dropped, with a line in the log. The file of a *newer* service 
 
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,8 @@ CREATE TABLE session (
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 _BUSY_TIMEOUT = 2.0
+_BROKEN = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+"""What SQLite says of a file that is no database, or none any more."""
 _RECORD = TypeAdapter(ExecSession)
 
 
@@ -53,21 +55,20 @@ class StateChanged(Conflict):
 class SessionStore:
     """The records of all sessions that are known. Safe against other processes, not against other threads."""
 
-    def __init__(self, path: Path, *, boot_id: str) -> None:
+    def __init__(self, path: Path, *, boot_id: str, lost: Callable[[], Iterable[str]] = tuple) -> None:
+        """Open the file, or begin one. One that is broken is set aside, and `lost` is asked for the records."""
         self._path = path
         self._known: dict[SessionId, ExecSession] = {}
         self._by_container: dict[ContainerId, dict[SessionId, ExecSession]] = {}
         self._unfinished: dict[ContainerId, set[SessionId]] = {}
         self._created: set[SessionId] = set()
         with _translated(path):
-            self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None)
             try:
-                path.chmod(0o600)
-                self._prepare(boot_id)
-                rows = self._db.execute("SELECT id, record FROM session ORDER BY created_at").fetchall()
-            except BaseException:
-                self._db.close()
-                raise
+                rows = self._open(boot_id)
+            except sqlite3.DatabaseError as error:
+                if error.sqlite_errorcode not in _BROKEN:
+                    raise
+                rows = self._begin_anew(boot_id, str(error), lost())
         for session_id, record in rows:
             try:
                 self._remember(_load_as(path, session_id, record))
@@ -94,6 +95,12 @@ class SessionStore:
     def get(self, session_id: SessionId) -> ExecSession | None:
         """Return the session, or None."""
         return self._known.get(session_id)
+
+    def text_of(self, session_id: SessionId) -> str:
+        """Return the record of a session as it is stored; `lost` of a later store takes it."""
+        with _translated(self._path):
+            row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
+        return str(row[0]) if row else ""
 
     def move(self, before: ExecSession, after: ExecSession) -> ExecSession:
         """Take the session from `before.state` to `after.state` and keep `after`.
@@ -187,6 +194,31 @@ class SessionStore:
         if row is not None:
             self._remember(_load_as(self._path, session_id, row[0]))
 
+    def _open(self, boot_id: str) -> list[tuple[str, str]]:
+        self._db = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT, isolation_level=None)
+        try:
+            self._path.chmod(0o600)
+            self._prepare(boot_id)
+            return self._db.execute("SELECT id, record FROM session ORDER BY created_at").fetchall()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _begin_anew(self, boot_id: str, reason: str, records: Iterable[str]) -> list[tuple[str, str]]:
+        """Set a broken file aside, and begin one with what else is known of the sessions."""
+        aside = self._path.with_suffix(".broken")
+        self._path.replace(aside)
+        for rest in ("-wal", "-shm"):
+            self._path.with_name(self._path.name + rest).unlink(missing_ok=True)
+        self._open(boot_id)
+        found = [session for session in map(_load_or_none, records) if session and session.container.boot_id == boot_id]
+        for session in found:
+            self.add(session)
+        log.error(
+            "the session store was broken (%s) and is now %s; %d sessions are taken over", reason, aside, len(found)
+        )
+        return []
+
     def _prepare(self, boot_id: str) -> None:
         # WAL lets `execgate sessions` read beside the service; nothing here has to survive a power cut.
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -226,6 +258,15 @@ def _load(path: Path, record: str) -> ExecSession:
         return _RECORD.validate_json(record)
     except ValidationError as error:
         raise Internal("the session's record cannot be read", hint=f"{path}: {error}") from error
+
+
+def _load_or_none(record: str) -> ExecSession | None:
+    """Load a record that may be none."""
+    try:
+        session = _RECORD.validate_json(record)
+    except ValidationError:
+        return None
+    return session if parse_session_id(session.id) else None
 
 
 def _load_as(path: Path, session_id: str, record: str) -> ExecSession:

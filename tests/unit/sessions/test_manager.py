@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +66,7 @@ class FakeExecution:
     def __init__(self, said: list[str]) -> None:
         self.streams = ExecStreams()
         self.monitor: ProcessIdentity | None = ProcessIdentity(4_000_002, 3)
+        self.process: ProcessIdentity | None = None
         self.started: asyncio.Future[ProcessIdentity] = asyncio.get_running_loop().create_future()
         self.ended: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
         self.sizes: list[ConsoleSize] = []
@@ -104,13 +106,15 @@ class FakeRuntime:
         self.said = said
         self.requests: list[ExecRequest] = []
         self.executions: list[FakeExecution] = []
+        self.records: list[str] = []
+        self.adopted: ProcessIdentity | None = None
         self.before: Callable[[ExecRequest], None] = lambda _: None
         self.gate = asyncio.Event()
         self.gate.set()
         self.kept: set[SessionId] = set()
 
-    async def prepare(self, request: ExecRequest, intend: Callable[[], None]) -> FakeExecution:
-        intend()
+    async def prepare(self, request: ExecRequest, intend: Callable[[], str]) -> FakeExecution:
+        self.records.append(intend())
         self.said.append("prepare")  # from here on there is something to run
         self.requests.append(request)
         self.before(request)
@@ -121,6 +125,7 @@ class FakeRuntime:
     def adopt(self, session: ExecSession) -> FakeExecution:
         self.said.append("adopt")
         self.executions.append(FakeExecution(self.said))
+        self.executions[-1].process = self.adopted
         return self.executions[-1]
 
     def sweep(self, keep: Collection[SessionId]) -> None:
@@ -549,6 +554,31 @@ async def test_recovery(world: World) -> None:
     world.runtime.executions[1].end(5)
     await world.wait_for("dispose")
     assert world.manager.inspect(session.id).exit == ExitStatus(5, ExitSource.SYNC_PIPE)
+
+
+@pytest.mark.parametrize(("process", "state"), [(PROCESS, SessionState.RUNNING), (None, SessionState.STARTING)])
+async def test_recovery_of_a_start(world: World, process: ProcessIdentity | None, state: SessionState) -> None:
+    """The service died before it knew the pid, and conmon wrote it down, or did not."""
+    session = await world.create()
+    started = replace(session, state=SessionState.STARTING, started_at=1.0)
+    world.store.move(session, started)
+    world.runtime.adopted = process
+    assert await world.manager.recover() == 1
+    assert (world.state(session), world.manager.inspect(session.id).process) == (state, process)
+    world.runtime.executions[0].end(5)
+    await world.wait_for("dispose")
+    assert world.manager.inspect(session.id).exit == ExitStatus(5, ExitSource.SYNC_PIPE)
+
+
+async def test_a_start_is_kept_beside_its_process(world: World) -> None:
+    session = await world.create(env=("SECRET=1",))
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    (record,) = world.runtime.records
+    fields = json.loads(record)
+    assert (fields["id"], fields["state"], fields["config"]["env"]) == (session.id, "starting", [])
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
 
 
 # -- a store that fails

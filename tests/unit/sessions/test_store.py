@@ -234,13 +234,34 @@ def test_the_file_is_private(open_store: Open, path: Path) -> None:
 
 
 def test_no_database(path: Path) -> None:
+    """It is set aside, and what else is known of the sessions is taken over: of this boot, and what can be read."""
     path.write_bytes(b"this is not it" * 1000)
     with pytest.raises(Unavailable) as failure:
-        SessionStore(path, boot_id="boot")
+        read_sessions(path)
     assert str(path) in failure.value.hint
     assert str(path) not in failure.value.message
-    with pytest.raises(Unavailable):
-        read_sessions(path)
+    known, foreign = new_session(), new_session()
+    texts = [store_module._dump(known), store_module._dump(foreign).replace('"boot"', '"another"'), "{", "[]", ""]
+    store = SessionStore(path, boot_id="boot", lost=lambda: texts)
+    try:
+        assert store.all() == [known]
+        assert store.text_of(known.id) == store_module._dump(known)
+    finally:
+        store.close()
+    assert path.with_suffix(".broken").read_bytes() == b"this is not it" * 1000
+    assert read_sessions(path) == [known]
+
+
+def test_a_database_that_is_whole_asks_nobody(open_store: Open, path: Path) -> None:
+    session = new_session()
+    store = open_store()
+    store.add(session)
+    store.close()
+    again = SessionStore(path, boot_id="boot", lost=lambda: pytest.fail("the records were asked for"))
+    try:
+        assert again.all() == [session]
+    finally:
+        again.close()
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
