@@ -68,7 +68,8 @@ def namespace_pid(process: ProcessIdentity) -> int | None:
 def limits(pid: int) -> dict[str, tuple[int, int]]:
     """Return the resource limits of a process that are not ours, by `RLIMIT_` name: soft and hard, getrlimit(2).
 
-    A hard limit above our own takes CAP_SYS_RESOURCE: without it, ours is returned instead. Empty when it is gone.
+    RLIMIT_NOFILE is always among them, because the service raises its own. A hard limit above ours takes
+    CAP_SYS_RESOURCE: without it, ours is returned instead. Empty when the process is gone.
     """
     found: dict[str, tuple[int, int]] = {}
     for line in (read_kernel(f"/proc/{pid}/limits") or b"").decode("ascii", "replace").splitlines()[1:]:
@@ -79,7 +80,7 @@ def limits(pid: int) -> dict[str, tuple[int, int]]:
         own = [INFINITY if value < 0 else value for value in resource.getrlimit(getattr(resource, name))]
         if hard > own[1] and not _may_raise_limits():
             soft, hard = min(soft, own[1]), own[1]
-        if [soft, hard] != own:
+        if [soft, hard] != own or name == "RLIMIT_NOFILE":
             found[name] = (soft, hard)
     return found
 

@@ -1,0 +1,176 @@
+"""Rows 15-18 of the fault matrix: a host that has no more of something.
+
+Each fault is the real thing: the container's own pids cgroup, the service's own limit of descriptors, a state directory
+that is a file system of one megabyte. What must hold: a clear error, nothing left behind, and once there is room again
+the service works as if nothing had been.
+"""
+
+import contextlib
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from execgate.containers import cgroups
+from support.api import RawApi
+from support.leaks import assert_no_leaks, footprint
+from support.programs import run_program
+from support.runtimes import TestContainer
+from support.service import Service
+
+NewService = Callable[..., Service]
+
+
+# -- row 15: the container has as many processes as it may have
+
+
+@pytest.fixture
+def no_more_processes(
+    new_container: Callable[..., TestContainer],
+) -> Iterator[tuple[TestContainer, Callable[[], None]]]:
+    """A container whose pids cgroup is full, and what lifts the limit."""
+    container = new_container()
+    directory = next(_pids_cgroups(container.init_pid), None)
+    if directory is None:
+        pytest.skip("the container has no cgroup of the pids controller here")
+    maximum, now = directory / "pids.max", (directory / "pids.current").read_text().strip()
+    maximum.write_text(now)
+
+    def lift() -> None:
+        maximum.write_text("max")
+
+    yield container, lift
+    lift()
+
+
+def _pids_cgroups(pid: int) -> Iterator[Path]:
+    for controller in ("pids", cgroups.V2):
+        path = cgroups.memberships(pid).get(controller, "/")
+        cgroup = cgroups.find(controller, path) if path != "/" else None
+        if cgroup is not None and os.access(f"{cgroup.directory}/pids.max", os.W_OK):
+            yield Path(cgroup.directory)
+
+
+def test_no_more_processes_in_the_container(
+    api: RawApi, no_more_processes: tuple[TestContainer, Callable[[], None]], service: Service
+) -> None:
+    container, lift = no_more_processes
+    before = footprint(service)
+    one = api.create(container.id, "true")
+    answer = api.call("POST", f"/exec/{one}/start", {"Detach": True})
+    assert answer.status in (400, 500), answer
+    assert "message" in answer.json
+    assert answer.json["message"].isprintable()
+    inspected = api.inspect(one)
+    assert not inspected["Running"]
+    assert inspected["ExitCode"] in (126, 127, 128), inspected
+    assert_no_leaks(service, before)
+    lift()
+    assert _runs(api, container)
+
+
+# -- row 16: the service can open no more files
+
+
+def test_no_more_descriptors(new_service: NewService, runc_container: TestContainer) -> None:
+    """It says so, does not spin, and recovers by itself."""
+    service = new_service()
+    api = RawApi(service.socket)
+    assert _runs(api, runc_container)
+    before = footprint(service)
+    sessions = [api.create(runc_container.id, "true") for _ in range(2)]
+    _, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+    with api.connect() as connection:  # one that is there already: none other is accepted from now on
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (len(before.descriptors) + 3, hard))
+        try:
+            answer = connection.request("POST", f"/exec/{sessions[0]}/start", {"Detach": True})
+            assert answer.status == 503, answer
+            with contextlib.suppress(OSError):
+                spun = _processor_time(service.pid)
+                with api.connect():
+                    time.sleep(1.0)  # the accept loop has nothing else to do but to fail
+                assert _processor_time(service.pid) - spun < 0.5
+        finally:
+            resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    assert api.call("POST", f"/exec/{sessions[0]}/start", {"Detach": True}).status == 200, (
+        "it could not be started again"
+    )
+    assert _runs(api, runc_container)
+    assert_no_leaks(service, before)
+    assert "Traceback" not in service.log()
+
+
+def _processor_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# -- rows 17 and 18: the state directory is full
+
+
+@pytest.fixture
+def small_disk(host_dir: Path) -> Iterator[Path]:
+    """A directory with room for two megabytes."""
+    directory = host_dir / "small"
+    directory.mkdir()
+    run_program(["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", directory])
+    yield directory
+    run_program(["umount", "--lazy", directory])
+    directory.rmdir()
+
+
+def _fill(directory: Path) -> Path:
+    """Leave no room; return the file to remove."""
+    ballast = directory / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        for size in (65536, 4096, 512, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * size)
+    return ballast
+
+
+def test_full_before_a_start(new_service: NewService, runc_container: TestContainer, small_disk: Path) -> None:
+    """Row 17: it is refused before anything runs, leaves no residue, and can be started later."""
+    service = new_service(flags=[f"--state-dir={small_disk}/state"])
+    api = RawApi(service.socket)
+    assert _runs(api, runc_container)
+    one = api.create(runc_container.id, "true")
+    sessions = small_disk / "state/sessions"
+    ballast = _fill(small_disk)
+    answer = api.call("POST", f"/exec/{one}/start", {"Detach": True})
+    assert answer.status == 503, answer
+    assert not list(sessions.iterdir())
+    refused = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"]})
+    assert refused.status in (201, 503), refused  # a page of the database may have room left
+    ballast.unlink()
+    assert api.call("POST", f"/exec/{one}/start", {"Detach": True}).status == 200
+    assert api.call("POST", f"/exec/{one}/wait").json["StatusCode"] == 0
+    assert _runs(api, runc_container)
+    assert "Traceback" not in service.log()
+
+
+def test_full_during_a_run(new_service: NewService, runc_container: TestContainer, small_disk: Path) -> None:
+    """Row 18: conmon can write no exit file; the code is known all the same, and on record once there is room."""
+    service = new_service(flags=[f"--state-dir={small_disk}/state"])
+    api = RawApi(service.socket)
+    with api.open(runc_container.id, "sh", "-c", "echo up; read line; echo $line; exit 7", stdin=True) as session:
+        session.connection.read_exactly(len("up\n") + 8)
+        ballast = _fill(small_disk)
+        session.send(b"on\n")
+        assert session.finish() == (b"on\n", b"")
+        inspected = api.inspect(session.id)
+        assert (inspected["Running"], inspected["ExitCode"]) == (False, 7), inspected
+        ballast.unlink()
+        assert api.inspect(session.id)["ExitCode"] == 7
+    assert _runs(api, runc_container)
+    assert "Traceback" not in service.log()
+
+
+def _runs(api: RawApi, container: TestContainer) -> bool:
+    answer = api.call("POST", f"/containers/{container.id}/exec/run", {"Cmd": ["sh", "-c", "exit 3"]})
+    assert answer.status == 200, answer
+    return bool(answer.json["ExitCode"] == 3)
