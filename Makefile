@@ -8,7 +8,7 @@ export PYTHONPATH := tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-stop test check bench lock clean host venv
+.PHONY: help demo demo-stop test check bench lock clean host engines venv
 
 help:                 ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -19,7 +19,7 @@ demo: host venv       ## a container, a running service, and one exec through ea
 demo-stop:            ## end what `make demo` started, and remove its files
 	@if [ -e .demo ]; then $(VENV)/bin/python scripts/demo.py stop; fi
 
-test: host check      ## check, then the whole suite: with and without uvloop, and on a second Python
+test: engines check   ## check, then the whole suite: with and without uvloop, and on a second Python
 	@scripts/test
 
 check: venv           ## ruff and mypy --strict
@@ -28,7 +28,7 @@ check: venv           ## ruff and mypy --strict
 	@$(MYPY) --package execgate
 	@$(MYPY) --explicit-package-bases tests scripts
 
-bench: host venv      ## measure the service against the bare runtime and the engines of this machine
+bench: engines venv      ## measure the service against the bare runtime and the engines of this machine
 	@$(VENV)/bin/python -m bench
 
 lock:                 ## write requirements/*.txt anew; UPGRADE=1 takes newer versions
@@ -40,6 +40,9 @@ clean: demo-stop      ## remove what the other targets made
 
 host:
 	@scripts/setup-host
+
+engines:
+	@scripts/setup-host --engines
 
 venv: $(VENV)/.ready
 
