@@ -49,6 +49,19 @@ def key_of(path: str | Path) -> FileKey:
         raise _no_path(path) from error
 
 
+def key_if_there(path: str) -> FileKey | None:
+    """Return the key of the file that `path` names now, None when there is none. Raises Internal, Unavailable.
+
+    Most engines are on few hosts: to find nothing must cost no more than to find something.
+    """
+    try:
+        return _key(os.stat(path))  # noqa: PTH116  (asked at every request)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise translate(error, path) from error
+
+
 def is_settled(key: FileKey, read_at: int) -> bool:
     """Return whether what was read after `read_at`, in nanoseconds since the epoch, is the same while its key is."""
     return abs(read_at - key[0]) > SETTLED_NS

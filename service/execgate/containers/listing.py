@@ -2,8 +2,8 @@
 
 import os
 
-from execgate.containers.files import FileKey, is_settled, key_of, now, translate
-from execgate.model.errors import Internal, NotFound
+from execgate.containers.files import FileKey, is_settled, key_if_there, now, translate
+from execgate.model.errors import Internal
 
 
 class Listing:
@@ -25,13 +25,11 @@ class Listing:
 
     def names(self) -> frozenset[str]:
         """Return the names now. Raises as `translate` does: Internal without permission, Unavailable."""
-        try:
-            key = key_of(self.path)
-        except NotFound:
+        key = key_if_there(self.path)
+        if key is None:
             self._settled, self._key = False, None
             self._replace(frozenset())
-            return self._names
-        if key != self._key or not self._settled:
+        elif key != self._key or not self._settled:
             # The stamp is taken before the look: what comes in between is seen by the next one.
             self._settled = is_settled(key, now())
             self._replace(self._scan())

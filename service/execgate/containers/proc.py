@@ -8,6 +8,7 @@ import fcntl
 import functools
 import os
 import resource
+from collections.abc import Mapping
 
 from execgate.containers import cgroups
 from execgate.containers.files import read_kernel, translate
@@ -72,15 +73,22 @@ def limits(pid: int) -> dict[str, tuple[int, int]]:
     CAP_SYS_RESOURCE: without it, ours is returned instead. Empty when the process is gone.
     """
     found: dict[str, tuple[int, int]] = {}
-    for line in (read_kernel(f"/proc/{pid}/limits") or b"").decode("ascii", "replace").splitlines()[1:]:
+    for name, theirs in _parsed_limits(read_kernel(f"/proc/{pid}/limits") or b"").items():
+        own = tuple(INFINITY if value < 0 else value for value in resource.getrlimit(getattr(resource, name)))
+        if theirs != own or name == "RLIMIT_NOFILE":
+            beyond = theirs[1] > own[1] and not _may_raise_limits()
+            found[name] = (min(theirs[0], own[1]), own[1]) if beyond else theirs
+    return found
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed_limits(text: bytes) -> Mapping[str, tuple[int, int]]:
+    """Return soft and hard limits by name; most containers have the same ones."""
+    found = {}
+    for line in text.decode("ascii", "replace").splitlines()[1:]:
         name = _LIMITS.get(line[:_LIMIT_COLUMN].strip())
-        if name is None:
-            continue
-        soft, hard = (INFINITY if word == "unlimited" else int(word) for word in line[_LIMIT_COLUMN:].split()[:2])
-        own = [INFINITY if value < 0 else value for value in resource.getrlimit(getattr(resource, name))]
-        if hard > own[1] and not _may_raise_limits():
-            soft, hard = min(soft, own[1]), own[1]
-        if [soft, hard] != own or name == "RLIMIT_NOFILE":
+        if name is not None:
+            soft, hard = (INFINITY if word == "unlimited" else int(word) for word in line[_LIMIT_COLUMN:].split()[:2])
             found[name] = (soft, hard)
     return found
 

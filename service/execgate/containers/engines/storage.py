@@ -19,7 +19,7 @@ from typing import Any
 from execgate.containers.engines.oci import SharedRoots
 from execgate.containers.engines.podman_db import PodmanDatabase, PodmanRecord
 from execgate.containers.entry import Entry, Look, table, text, text_table, texts
-from execgate.containers.files import FileKey, is_settled, key_of, now, read_regular
+from execgate.containers.files import FileKey, is_settled, key_if_there, now, read_regular
 from execgate.containers.formats import parse_time
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
@@ -124,19 +124,26 @@ class Storage:
         key, records = self._lists.get(path, (None, {}))
         read_at = now()
         try:
-            if key_of(path) == key:
+            found = key_if_there(path)
+            if found is None:
+                return self._drop_list(path)
+            if found == key:
                 return False
             data, key = read_regular(Path(path), limit=_MAX_LIST)
             items = json.loads(data or b"[]")
         except NotFound:
-            self.problems.pop(path, None)
-            return self._lists.pop(path, None) is not None
+            return self._drop_list(path)
         except (Internal, ValueError, RecursionError) as error:
             self.problems[path] = getattr(error, "hint", "") or "not JSON"
             self._lists[path] = (None, records)
             return False
         self._lists[path] = (key if is_settled(key, read_at) else None, self._records(path, items))
         return True
+
+    def _drop_list(self, path: str) -> bool:
+        """Forget a list that is gone; return whether it was known."""
+        self.problems.pop(path, None)
+        return self._lists.pop(path, None) is not None
 
     def _records(self, path: str, items: object) -> dict[ContainerId, StorageRecord]:
         """Return the containers of a list; one item that is none breaks no other."""
