@@ -205,6 +205,20 @@ def test_a_broken_database_loses_no_session_that_runs(
     assert "2 sessions are taken over" in second.log()
 
 
+def test_what_the_service_ignores_its_processes_do_not(new_service: NewService, runc_container: TestContainer) -> None:
+    """A shell starts what it puts in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        service = new_service()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    body = {"Cmd": ["grep", "SigIgn", "/proc/self/status"]}
+    answer = RawApi(service.socket).call("POST", f"/containers/{runc_container.id}/exec/run", body)
+    ignored = int(answer.json["Stdout"].split()[1], 16)
+    glibcs_own = 3 << 31  # 32 and 33: posix_spawn(3) leaves them so
+    assert ignored & ~glibcs_own == 0
+
+
 # -- systemd
 
 _ACTIVATE = """

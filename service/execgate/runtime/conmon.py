@@ -78,7 +78,11 @@ _FILES = ("process.json", "pid", "held", "oci-log", "ctl", "winsz", "attach")
 """What a session's directory holds, beside the directory of the exit file."""
 
 _HELD = "held"
-"""The file that says which of conmon's descriptors are the output pipes, as {stream: number}."""
+"""The file with what the next service needs to know: see `Held`."""
+
+_ALL_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+"""What is ignored is inherited, by way of conmon and the runtime. Python ignores SIGPIPE, and a process that did so
+would outlive `yes | head`; a service that was started in the background of a shell ignores SIGINT."""
 
 _RESIZE_INTERVAL = 0.02
 """Seconds between two sizes for one terminal."""
@@ -248,8 +252,7 @@ class ConmonRuntime:
                 environment,
                 file_actions=[(os.POSIX_SPAWN_DUP2, copy, number) for number, copy in enumerate(copies)],
                 setsigmask=(),
-                # Python ignores SIGPIPE; a process that inherited that would outlive `yes | head`.
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+                setsigdef=_ALL_SIGNALS,
             )
         with contextlib.suppress(OSError):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
