@@ -29,7 +29,7 @@ import re
 import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from execgate.containers import proc
@@ -40,6 +40,7 @@ from execgate.containers.states import Specs, key_or_none
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, EngineName
 from execgate.model.errors import Conflict, ExecgateError, Internal, InvalidArgument, NotFound, Unavailable
 from execgate.model.ids import ContainerId
+from execgate.model.process import ProcessIdentity
 from execgate.oci.text import shown
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class Catalog:
             # A container that stopped gives way to one that has its name now: Kubernetes keeps the dead for a while.
             found = [entry for entry in found if entry.init is not None and proc.is_alive(entry.init)] or found
         if len(found) > 1:
-            meant = ", ".join(f"{entry.engine}:{entry.id[:12]}" for entry in found)
+            meant = ", ".join(f"{entry.container.engine}:{entry.id[:12]}" for entry in found)
             raise InvalidArgument(f"multiple containers are named {shown(text)}: {meant}")
         return found[0] if found else None
 
@@ -218,7 +219,8 @@ class Catalog:
             yield ids[index]
 
     def _is_chosen(self, entry: Entry) -> bool:
-        return all(name in entry.labels and value in (None, entry.labels[name]) for name, value in self._labels)
+        labels = entry.container.labels
+        return all(name in labels and value in (None, labels[name]) for name, value in self._labels)
 
     def _why_not(self, text: str) -> str:
         broken = (shelf.broken.get(ContainerId(text)) for shelf in self._shelves)
@@ -306,35 +308,14 @@ class Catalog:
 
 def _observe(entry: Entry) -> Container:
     """Return a container with the kernel's view of it."""
-    status = _status(entry)
-    return Container(
-        id=entry.id,
-        name=entry.names[0],
-        aliases=entry.names[1:],
-        engine=entry.engine,
-        runtime=entry.runtime,
-        bundle=entry.bundle,
-        status=status,
-        created=entry.created,
-        init=None if status is ContainerStatus.EXITED else entry.init,
-        labels=entry.labels,
-        image=entry.image,
-        image_id=entry.image_id,
-        command=entry.command,
-        user=entry.user,
-        tty=entry.tty,
-        privileged=entry.privileged,
-        stop_timeout=entry.stop_timeout,
-        exit_code=entry.exit_code,
-        manner=entry.manner,
-    )
-
-
-def _status(entry: Entry) -> ContainerStatus:
-    """Return the state of a container by the kernel; paused comes before created, as in runc."""
     if entry.init is None or not proc.is_alive(entry.init):
-        return ContainerStatus.CREATED if entry.created_only else ContainerStatus.EXITED
-    if proc.frozen(entry.init.pid):
+        return entry.container
+    return replace(entry.container, init=entry.init, status=_status(entry, entry.init))
+
+
+def _status(entry: Entry, init: ProcessIdentity) -> ContainerStatus:
+    """Return the state of a container whose init lives; paused comes before created, as in runc."""
+    if proc.frozen(init.pid):
         return ContainerStatus.PAUSED
     if key_or_none(entry.exec_fifo) is not None:
         return ContainerStatus.CREATED

@@ -1,52 +1,46 @@
 """What is on disk about one container: an engine's record and a runtime's state, put together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Protocol
 
 from execgate.containers.files import is_settled
 from execgate.containers.states import Source, key_or_none
-from execgate.model.container import PLAIN, EngineName, ExecManner, OciRuntime
+from execgate.model.container import Container, EngineName
 from execgate.model.ids import ContainerId
 from execgate.model.process import ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A container as its files have it: everything but the kernel's view. The fields are those of `Container`.
+    """A container as its files have it: everything but the kernel's view.
 
-    `names` has the name first and then what else it answers to. `init` was its first process, as the runtime wrote
-    it down, None when no runtime holds the container now. `exec_fifo` exists until that process was released.
-    `created_only`: it was never started. `place` is the directory that stands for it in a message. `flaw` is what is
-    wrong with a container that can still be shown. `hidden`: it is nobody's to exec into (the sandbox of a pod), or
-    another engine's. All this is true as long as each path of `read_from` has its key.
+    `container` is it without a process; its status is CREATED if it was never started, else EXITED. `init` was its
+    first process, as the runtime wrote it down, None when no runtime holds the container now. `exec_fifo` exists until
+    that process was released. `spec_path` is where its config.json is, or should be. `place` is the directory that
+    stands for it in a message. `flaw` is what is wrong with a container that can still be shown. `hidden`: it is
+    nobody's to exec into (the sandbox of a pod), or another engine's. All this is true as long as each path of
+    `read_from` has its key.
     """
 
-    id: ContainerId
-    engine: EngineName
-    names: tuple[str, ...]
-    runtime: OciRuntime
-    bundle: Path
+    container: Container
     spec_path: str
     place: str
     read_from: tuple[Source, ...]
     init: ProcessIdentity | None = None
     exec_fifo: str = ""
-    created: float = 0.0
-    created_only: bool = False
-    exit_code: int | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    image: str = ""
-    image_id: str = ""
-    command: tuple[str, ...] = ()
-    user: str = ""
-    tty: bool = False
-    privileged: bool = False
-    stop_timeout: float | None = None
-    manner: ExecManner = PLAIN
     flaw: str = ""
     hidden: bool = False
+
+    @property
+    def id(self) -> ContainerId:
+        """Its full id."""
+        return self.container.id
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it answers to, its name first."""
+        return (self.container.name, *self.container.aliases)
 
     def holds(self) -> bool:
         """Return whether every file it was made from is the one it was."""

@@ -27,7 +27,7 @@ from execgate.containers.states import (
     read_spec_or_reason,
     read_state,
 )
-from execgate.model.container import EngineName
+from execgate.model.container import Container, ContainerStatus, EngineName
 from execgate.model.errors import ExecgateError, Internal, NotFound
 from execgate.model.ids import ContainerId
 
@@ -89,23 +89,29 @@ class ContainerdSource:
         annotations = annotations_of(spec)
         image, labels = self._record(namespace, container_id)
         process = table(spec.get("process"))
-        return Entry(
+        name, *aliases = self._names_of(namespace, container_id, annotations)
+        container = Container(
             id=container_id,
+            name=name,
+            aliases=tuple(aliases),
             engine=self.engine,
-            names=self._names_of(namespace, container_id, annotations),
             runtime=shim_runtime(state, root, self._programs),
             bundle=state.state.bundle,
-            spec_path=state.spec_path,
-            place=bundle,
-            read_from=state.read_from,
-            init=state.state.init,
-            exec_fifo=state.exec_fifo,
+            status=ContainerStatus.EXITED,
             created=state.state.created,
             labels={"io.containerd.namespace": namespace} | annotations | labels,
             image=annotations.get(f"{_CRI}image-name", "") or image,
             command=texts(process.get("args")),
             user=annotations.get(f"{_NERDCTL}user", ""),
             tty=process.get("terminal") is True,
+        )
+        return Entry(
+            container=container,
+            spec_path=state.spec_path,
+            place=bundle,
+            read_from=state.read_from,
+            init=state.state.init,
+            exec_fifo=state.exec_fifo,
             flaw=flaw,
             hidden=annotations.get(f"{_CRI}container-type") == "sandbox",
         )

@@ -7,7 +7,6 @@ A stopped one has neither. (Seen with 20.10; the same in the source of 29.)
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from execgate.containers.states import (
     read_spec_or_reason,
     read_state,
 )
-from execgate.model.container import EngineName, ExecManner, OciRuntime
+from execgate.model.container import Container, ContainerStatus, EngineName, ExecManner, OciRuntime
 from execgate.model.errors import Internal, NotFound
 from execgate.model.ids import ContainerId
 
@@ -80,25 +79,22 @@ class DockerSource:
         name = text(host.get("Runtime")) or _DEFAULT_RUNTIME
         read_from: list[Source] = [(config_path, key), (host_path, host_key)]
         state = self._state(container_id, name, read_from)
-        stopped = replace(
-            _described(container_id, record, host),
-            runtime=OciRuntime(name, Path(name), self._root(name)),
-            place=directory,
-            bundle=Path(directory),
-            spec_path=f"{directory}/config.json",
-            read_from=tuple(read_from),
-        )
         if state is None:
-            return stopped
-        return replace(
-            stopped,
-            runtime=shim_runtime(state, Path(state.directory).parent, self._programs),
-            bundle=state.state.bundle,
+            runtime = OciRuntime(name, Path(name), self._root(name))
+            return Entry(
+                container=_described(container_id, record, host, runtime, Path(directory)),
+                spec_path=f"{directory}/config.json",
+                place=directory,
+                read_from=tuple(read_from),
+            )
+        runtime = shim_runtime(state, Path(state.directory).parent, self._programs)
+        return Entry(
+            container=_described(container_id, record, host, runtime, state.state.bundle),
             spec_path=state.spec_path,
+            place=directory,
+            read_from=tuple(read_from),
             init=state.state.init,
             exec_fifo=state.exec_fifo,
-            created_only=False,
-            exit_code=None,
             flaw=read_spec_or_reason(self._specs, state.spec_path)[2],
         )
 
@@ -152,21 +148,25 @@ class DockerSource:
         return sorted(map(str, self._exec_root.glob(f"{_RUNTIME_ROOT}*/{_NAMESPACE}*")))
 
 
-def _described(container_id: ContainerId, record: Mapping[str, Any], host: Mapping[str, Any]) -> Entry:
-    """Return what dockerd's two files tell of a container; where it is and what runs it is the caller's to fill in."""
+def _described(
+    container_id: ContainerId,
+    record: Mapping[str, Any],
+    host: Mapping[str, Any],
+    runtime: OciRuntime,
+    bundle: Path,
+) -> Container:
+    """Return what dockerd's two files tell of a container."""
     config, status = table(record.get("Config")), table(record.get("State"))
     tty = config.get("Tty") is True
-    return Entry(
+    is_new = parse_time(status.get("StartedAt")) == 0.0
+    return Container(
         id=container_id,
+        name=text(record.get("Name")).removeprefix("/") or container_id,
         engine=EngineName.DOCKER,
-        names=(text(record.get("Name")).removeprefix("/") or container_id,),
-        runtime=OciRuntime("", Path(), Path()),
-        bundle=Path(),
-        spec_path="",
-        place="",
-        read_from=(),
+        runtime=runtime,
+        bundle=bundle,
+        status=ContainerStatus.CREATED if is_new else ContainerStatus.EXITED,
         created=parse_time(record.get("Created")),
-        created_only=parse_time(status.get("StartedAt")) == 0.0,
         exit_code=_exit_code(status),
         labels=text_table(config.get("Labels")),
         image=text(config.get("Image")) or text(record.get("Image")),

@@ -21,7 +21,7 @@ from execgate.containers.states import (
     read_spec_or_reason,
     read_state,
 )
-from execgate.model.container import EngineName, OciRuntime
+from execgate.model.container import Container, ContainerStatus, EngineName, OciRuntime
 from execgate.model.errors import Internal, NotFound
 from execgate.model.ids import ContainerId
 
@@ -147,23 +147,27 @@ class OciSource:
         if owner is not None and container_id not in owner.ids():
             raise Internal("a container cannot be used", hint=f"it is {manager}'s, whose storage does not list it")
         process = table(spec.get("process"))
-        return Entry(
+        container = Container(
             id=container_id,
+            name=container_id,
             engine=self.engine,
-            names=(container_id,),
             runtime=runtime,
             bundle=state.state.bundle,
-            spec_path=state.spec_path,
-            place=state.directory,
-            read_from=state.read_from,
-            init=state.state.init,
-            exec_fifo=state.exec_fifo,
+            status=ContainerStatus.EXITED,
             created=state.state.created,
             labels=annotations,
             image=text(annotations.get(_IMAGE)),
             command=texts(process.get("args")),
             user=_user(process.get("user")),
             tty=process.get("terminal") is True,
+        )
+        return Entry(
+            container=container,
+            spec_path=state.spec_path,
+            place=state.directory,
+            read_from=state.read_from,
+            init=state.state.init,
+            exec_fifo=state.exec_fifo,
             flaw=flaw,
             hidden=manager is not None,
         )

@@ -29,7 +29,7 @@ from execgate.containers.states import (
     key_or_none,
     read_spec_or_reason,
 )
-from execgate.model.container import EngineName, ExecManner, OciRuntime
+from execgate.model.container import Container, ContainerStatus, EngineName, ExecManner, OciRuntime
 from execgate.model.errors import Internal, NotFound
 from execgate.model.ids import ContainerId
 
@@ -193,19 +193,16 @@ class StorageSource:
         process = table(spec.get("process"))
         absent = tuple((path, None) for path in self._roots.places(container_id))
         files = state.read_from if state else (*absent, (spec_path, spec_key))
-        return Entry(
+        name, *aliases = self._names(container_id, record, annotations)
+        container = Container(
             id=container_id,
+            name=name,
+            aliases=tuple(aliases),
             engine=self.engine,
-            names=self._names(container_id, record, annotations),
             runtime=runtime,
             bundle=state.state.bundle if state else Path(spec_path).parent,
-            spec_path=spec_path,
-            place=record.directory,
-            read_from=(*files, *known.read_from),
-            init=state.state.init if state else None,
-            exec_fifo=state.exec_fifo if state else "",
+            status=ContainerStatus.CREATED if state is None and spec_key is None else ContainerStatus.EXITED,
             created=record.created or (state.state.created if state else 0.0),
-            created_only=state is None and spec_key is None,
             exit_code=known.exit_code,
             labels=known.labels if self.engine is EngineName.PODMAN else _crio_labels(annotations),
             image=text(record.metadata.get("image-name")) or annotations.get(f"{_CRIO}ImageName", ""),
@@ -216,6 +213,14 @@ class StorageSource:
             privileged=known.privileged or annotations.get("io.podman.annotations.privileged") == "TRUE",
             stop_timeout=known.stop_timeout if self._database is not None else _grace_period(annotations),
             manner=ExecManner(env=known.env, ambient_when_privileged=self.engine is EngineName.PODMAN),
+        )
+        return Entry(
+            container=container,
+            spec_path=spec_path,
+            place=record.directory,
+            read_from=(*files, *known.read_from),
+            init=state.state.init if state else None,
+            exec_fifo=state.exec_fifo if state else "",
             flaw=flaw if state else "",
             hidden=self.engine is EngineName.CRIO
             and (annotations.get(f"{_CRIO}ContainerType") == "sandbox" or record.metadata.get("pod") is True),
