@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -239,6 +240,8 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         "runtimes": {name: str(path) for name, path in config.runtime_paths().items()},
         "conmon": str(config.conmon_path() or ""),
     }
+    places = asdict(config.places())
+    found |= {name: str(places[name]) for name in found if name in places and name != "runtimes"}
     print(json.dumps(found, indent=2))
     problems = [
         f"runtime {name}: no program at {path}"
