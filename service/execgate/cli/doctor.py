@@ -45,18 +45,22 @@ def _programs(config: Config) -> list[Finding]:
     found = []
     runtimes = config.runtime_paths()
     for name, path in sorted(runtimes.items()):
-        version = runtime_version(path)
-        found.append(Finding("Programs", _OK if version.usable else _FAIL, f"{name} {path}", version.text))
-        found += [Finding("Programs", _WARN, name, f"{warning} ({BACKPORTS})") for warning in version.warnings]
+        found += _version("Programs", name, name, path, unusable=_FAIL)
     if not runtimes:
         found.append(Finding("Programs", _FAIL, "runc, crun", "neither is on the PATH: install one, or set --runtime"))
     conmon = config.conmon_path()
     if conmon is None:
         found.append(Finding("Programs", _FAIL, "conmon", "not on the PATH: install it, or set --conmon"))
     else:
-        version = runtime_version(conmon)
-        found.append(Finding("Programs", _OK if version.usable else _FAIL, f"conmon {conmon}", version.text))
+        found += _version("Programs", "conmon", "conmon", conmon, unusable=_FAIL)
     return found
+
+
+def _version(section: str, kind: str, name: str, program: Path, *, unusable: str) -> list[Finding]:
+    """Return what a program says of itself, and what is known against it; `unusable`: how bad it is without it."""
+    version = runtime_version(program)
+    warnings = [Finding(section, _WARN, name, f"{warning} ({BACKPORTS})") for warning in version.warnings]
+    return [Finding(section, _OK if version.usable else unusable, f"{kind} {program}", version.text), *warnings]
 
 
 def _host() -> list[Finding]:
@@ -95,12 +99,9 @@ def _engines(config: Config) -> list[Finding]:
     if config.container_labels:
         wanted = ", ".join(config.container_labels)
         found.append(Finding("Engines", _NOTE, "labels", f"only containers with {wanted} are shown"))
-    known = set(map(str, config.runtime_paths().values()))
-    others = sorted({str(c.runtime.path) for c in containers if c.init is not None} - known)
-    for path in others:
-        version = runtime_version(Path(path))
-        found.append(Finding("Engines", _OK if version.usable else _WARN, f"runtime {path}", version.text))
-        found += [Finding("Engines", _WARN, path, f"{warning} ({BACKPORTS})") for warning in version.warnings]
+    others = {container.runtime.path for container in containers if container.init is not None}
+    for path in sorted(others - set(config.runtime_paths().values())):
+        found += _version("Engines", "runtime", str(path), path, unusable=_WARN)
     return found + [Finding("Left out", _WARN, place, reason) for place, reason in catalog.problems()]
 
 

@@ -34,9 +34,9 @@ from typing import Any
 
 from execgate.containers import proc
 from execgate.containers.entry import EngineSource, Entry, Look
-from execgate.containers.files import now
+from execgate.containers.files import key_or_none, now
 from execgate.containers.formats import MalformedError, parse_container_id
-from execgate.containers.states import Specs, key_or_none
+from execgate.containers.states import Specs
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, EngineName
 from execgate.model.errors import Conflict, ExecgateError, Internal, InvalidArgument, NotFound, Unavailable
 from execgate.model.ids import ContainerId

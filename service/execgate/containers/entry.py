@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from execgate.containers.files import is_settled
-from execgate.containers.states import Source, key_or_none
+from execgate.containers.files import is_settled, key_or_none
+from execgate.containers.states import Source
 from execgate.model.container import Container, EngineName
 from execgate.model.ids import ContainerId
 from execgate.model.process import ProcessIdentity

@@ -39,27 +39,27 @@ def translate(error: OSError, what: str) -> ExecgateError:
     return Internal("a file of the host cannot be read", hint=hint)
 
 
-def key_of(path: str | Path) -> FileKey:
-    """Return the key of the file that `path` names now. Raises as `translate` does."""
-    try:
-        return _key(os.stat(path))  # noqa: PTH116  (asked at every request)
-    except OSError as error:
-        raise translate(error, str(path)) from error
-    except ValueError as error:
-        raise _no_path(path) from error
-
-
-def key_if_there(path: str) -> FileKey | None:
+def key_if_there(path: str | Path) -> FileKey | None:
     """Return the key of the file that `path` names now, None when there is none. Raises Internal, Unavailable.
 
     Most engines are on few hosts: to find nothing must cost no more than to find something.
     """
     try:
         return _key(os.stat(path))  # noqa: PTH116  (asked at every request)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
         return None
     except OSError as error:
-        raise translate(error, path) from error
+        raise translate(error, str(path)) from error
+    except ValueError as error:
+        raise _no_path(path) from error
+
+
+def key_or_none(path: str | Path) -> FileKey | None:
+    """Return the key of what is at `path`; None when nothing is there, or nothing that can be looked at."""
+    try:
+        return key_if_there(path)
+    except Internal:
+        return None
 
 
 def is_settled(key: FileKey, read_at: int) -> bool:

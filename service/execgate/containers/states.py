@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from execgate.containers.files import FileKey, is_settled, key_of, now, read_json
+from execgate.containers.files import FileKey, is_settled, key_if_there, key_or_none, now, read_json
 from execgate.containers.formats import EXEC_FIFO, FORMATS, Format, MalformedError, RuntimeState
 from execgate.model.container import OciRuntime
 from execgate.model.errors import Internal, NotFound
@@ -62,7 +62,7 @@ class Specs:
     def read(self, path: str) -> tuple[Mapping[str, Any], FileKey]:
         """Return a config.json with its key. Raises NotFound, Internal, Unavailable."""
         kept = self._kept.pop(path, None)
-        if kept is None or key_of(path) != kept[0]:
+        if kept is None or key_if_there(path) != kept[0]:
             read_at = now()
             spec, key = read_json(Path(path), limit=MAX_SPEC, follow=True)
             if not is_settled(key, read_at):
@@ -135,14 +135,6 @@ def read_spec_or_reason(specs: Specs, path: str) -> tuple[Mapping[str, Any], Fil
     except (NotFound, Internal) as error:
         return {}, key_or_none(path), error.hint
     return spec, key, ""
-
-
-def key_or_none(path: str | Path) -> FileKey | None:
-    """Return the key of what is at `path`; None when nothing is there, or nothing that can be looked at."""
-    try:
-        return key_of(path)
-    except (NotFound, Internal):
-        return None
 
 
 def _spec_path(directory: str, bundle: Path) -> str:

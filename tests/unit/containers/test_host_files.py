@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from execgate.containers.files import key_of, read_json, read_kernel, read_regular, translate
+from execgate.containers.files import key_if_there, read_json, read_kernel, read_regular, translate
 from execgate.model.errors import ExecgateError, Internal, NotFound, Unavailable
 
 
@@ -32,11 +32,11 @@ def test_categories(code: int, category: type[ExecgateError]) -> None:
 def test_the_key_is_that_of_what_was_read(tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"abc")
-    assert read_regular(file, limit=3) == (b"abc", key_of(file))
-    before = key_of(file)
+    assert read_regular(file, limit=3) == (b"abc", key_if_there(file))
+    before = key_if_there(file)
     (tmp_path / "g").write_bytes(b"abd")
     (tmp_path / "g").rename(file)
-    assert key_of(file) != before
+    assert key_if_there(file) != before
 
 
 def test_what_is_no_small_regular_file(tmp_path: Path) -> None:

@@ -17,13 +17,12 @@ from execgate.containers import bolt
 from execgate.containers.engines.places import Places
 from execgate.containers.engines.shim import check_shim, read_options, shim_runtime
 from execgate.containers.entry import Entry, Look, table, text, texts
-from execgate.containers.files import FileKey, is_settled, now, read_regular
+from execgate.containers.files import FileKey, is_settled, key_or_none, now, read_regular
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
     Programs,
     Specs,
     annotations_of,
-    key_or_none,
     read_spec_or_reason,
     read_state,
 )

@@ -8,11 +8,11 @@ A stopped one has neither. (Seen with 20.10; the same in the source of 29.)
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from execgate.containers.engines.shim import shim_runtime
 from execgate.containers.entry import Entry, Look, seconds, table, text, text_table, texts
-from execgate.containers.files import FileKey, read_json
+from execgate.containers.files import FileKey, key_or_none, read_json
 from execgate.containers.formats import MalformedError, parse_time
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
@@ -21,7 +21,6 @@ from execgate.containers.states import (
     Source,
     Specs,
     StateFile,
-    key_or_none,
     read_spec_or_reason,
     read_state,
 )
@@ -47,20 +46,17 @@ class DockerSource:
         self._specs = specs
         self._programs = programs
         self._containers = Listing(f"{data_root}/containers")
-        self._names: frozenset[str] = frozenset()
         self._ids: frozenset[ContainerId] = frozenset()
         self._problems: dict[str, str] = {}
 
     def ids(self) -> frozenset[ContainerId]:
         """See EngineSource."""
         try:
-            names = self._containers.names()
+            self._ids = cast("frozenset[ContainerId]", self._containers.names())
         except Internal as error:
             self._problems[self._containers.path] = error.hint
-            return self._ids
-        self._problems.clear()
-        if names is not self._names:
-            self._names, self._ids = names, frozenset(map(ContainerId, names))
+        else:
+            self._problems.clear()
         return self._ids
 
     def load(self, container_id: ContainerId) -> Entry | None:

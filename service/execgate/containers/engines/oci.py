@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from execgate.containers.entry import EngineSource, Entry, Look, table, text, texts
+from execgate.containers.files import key_or_none
 from execgate.containers.formats import FORMATS, MalformedError
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
@@ -17,7 +18,6 @@ from execgate.containers.states import (
     Specs,
     StateFile,
     annotations_of,
-    key_or_none,
     read_spec_or_reason,
     read_state,
 )

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from execgate.containers import bolt
 from execgate.containers.entry import Look, seconds, table, text, text_table, texts
-from execgate.containers.states import Source, key_or_none
+from execgate.containers.files import key_or_none
+from execgate.containers.states import Source
 from execgate.model.errors import Internal, NotFound, Unavailable
 from execgate.model.ids import ContainerId
 

@@ -19,14 +19,13 @@ from typing import Any
 from execgate.containers.engines.oci import SharedRoots
 from execgate.containers.engines.podman_db import PodmanDatabase, PodmanRecord
 from execgate.containers.entry import Entry, Look, table, text, text_table, texts
-from execgate.containers.files import FileKey, is_settled, key_if_there, now, read_regular
+from execgate.containers.files import FileKey, is_settled, key_if_there, key_or_none, now, read_regular
 from execgate.containers.formats import parse_time
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
     Specs,
     StateFile,
     annotations_of,
-    key_or_none,
     read_spec_or_reason,
 )
 from execgate.model.container import Container, ContainerStatus, EngineName, ExecManner, OciRuntime
