@@ -4,34 +4,51 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
-from collections.abc import Awaitable
+import urllib.parse
+from enum import Enum
 
 from execgate import __version__
 from execgate.config import Config
 from execgate.containers.top import top
-from execgate.engine import open_engine
+from execgate.engine import Engine, open_engine
 from execgate.http.listeners import (
-    inherited_listeners,
+    Address,
+    adopt_listener,
+    adopt_unix_listener,
     open_listener,
+    parse_address,
     remove_socket_file,
     socket_identity,
 )
 from execgate.http.routes import all_trees
 from execgate.http.server import HttpServer, build_application
-from execgate.systemd import Notifier
+from execgate.keeper.protocol import ACTIVATED, Message
+from execgate.status import write_status
+from execgate.worker import KeeperLink
 
 log = logging.getLogger(__name__)
 
+_LISTENER = "listen."
+"""Begins the names under which the keeper has our listening sockets."""
 
-async def serve(config: Config) -> None:
-    """Run the service until SIGTERM or SIGINT. Raises the category of whatever keeps it from starting."""
-    notifier = Notifier()
-    stop = _stop_signal()
+
+class Ending(Enum):
+    """How a service ends: for good, or in favour of the next one."""
+
+    STOP = "stop"
+    LEAVE = "leave"
+
+
+async def serve(config: Config, link: KeeperLink) -> None:
+    """Run the service until the keeper says so. Raises the category of whatever keeps it from starting."""
+    ending = _ending(link)
     async with contextlib.AsyncExitStack() as cleanup:
-        engine = await cleanup.enter_async_context(open_engine(config))
-        listeners = _listeners(config, cleanup)
+        engine = await cleanup.enter_async_context(open_engine(config, link))
+        listeners = _listeners(config, link, cleanup)
+        link.drop_rest()
         trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
         server = HttpServer(build_application(trees))
         cleanup.push_async_callback(server.close)
@@ -39,45 +56,93 @@ async def serve(config: Config) -> None:
         # What is here now stays: collections need not go over every module again and again.
         gc.collect()
         gc.freeze()
-        notifier.tell("READY=1")
+        write_status(config.state_dir)
+        link.tell("ready", *(["standby"] if config.standby else []))
         log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
-        await stop
-        notifier.tell("STOPPING=1")
+        how = await ending
         await server.stop_accepting()
         engine.events.close()
+        if how is Ending.LEAVE:
+            await _leave(engine, link)
         if engine.sessions.live:
             log.info("stops; %d running processes live on", engine.sessions.live)
         await engine.sessions.close()
 
 
-def _stop_signal() -> Awaitable[None]:
-    """Return what is done at the first SIGTERM or SIGINT; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[None] = loop.create_future()
+async def _leave(engine: Engine, link: KeeperLink) -> None:
+    """End in favour of the next service, which gets everything as it stands: nothing is closed or undone."""
+    log.info("hands over %d running processes", engine.sessions.live)
+    await engine.sessions.settle()
+    await link.flushed()
+    logging.shutdown()
+    os._exit(0)
 
-    def received(number: signal.Signals) -> None:
+
+def _ending(link: KeeperLink) -> "asyncio.Future[Ending]":
+    """Return what is done when the service is to end. A second signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    ending: asyncio.Future[Ending] = loop.create_future()
+
+    def end(how: Ending) -> None:
+        if not ending.done():
+            ending.set_result(how)
+
+    def signalled(number: signal.Signals) -> None:
+        # The keeper ends us by a message. A signal is somebody else's, who need not know that there is a keeper.
         log.info("received %s", number.name)
-        if not stop.done():
-            stop.set_result(None)
+        end(Ending.LEAVE if link.alive else Ending.STOP)
         loop.remove_signal_handler(number)
 
+    def told(message: Message | None) -> None:
+        if message is None:
+            log.error("the keeper is dead: this service goes on alone, and nothing outlives it; start execgate anew")
+        elif message.verb == "failed":
+            log.error("the reload failed: %s", " ".join(message.words))
+        elif message.verb in (Ending.STOP.value, Ending.LEAVE.value):
+            end(Ending(message.verb))
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, received, number)
-    return stop
+        loop.add_signal_handler(number, signalled, number)
+    link.listen(told)
+    return ending
 
 
-def _listeners(config: Config, cleanup: contextlib.AsyncExitStack) -> list[socket.socket]:
-    """Return the sockets to serve on: those of systemd if it passed any, else those of the configuration."""
-    if inherited := inherited_listeners():
-        return inherited
+def _listeners(config: Config, link: KeeperLink, cleanup: contextlib.AsyncExitStack) -> list[socket.socket]:
+    """Return the sockets to serve on: those of systemd if it passed any, else those of the configuration.
+
+    Those that an earlier service had are taken over, with whoever waits in their queues.
+    """
+    if activated := link.take_all(ACTIVATED):
+        return [adopt_listener(fd) for _, fd in sorted(activated.items())]
     listeners = []
     for address in config.addresses:
-        listener = open_listener(address, mode=int(config.socket_mode, 8), group=config.socket_group)
+        listener = _inherited(address, config, link) or open_listener(
+            address, mode=int(config.socket_mode, 8), group=config.socket_group
+        )
+        link.keep({_listener_name(address): listener.fileno()})
         cleanup.callback(listener.close)
         if address.path is not None:
             cleanup.callback(remove_socket_file, address.path, socket_identity(address.path))
         listeners.append(listener)
+    for name, fd in link.take_all(_LISTENER).items():  # addresses that are not configured any more
+        with adopt_listener(fd):
+            link.drop([name])
+        if (path := parse_address(urllib.parse.unquote(name.removeprefix(_LISTENER))).path) is not None:
+            remove_socket_file(path, socket_identity(path))
     return listeners
+
+
+def _inherited(address: Address, config: Config, link: KeeperLink) -> socket.socket | None:
+    fd = link.take(_listener_name(address))
+    if fd is None:
+        return None
+    if address.path is None:
+        return adopt_listener(fd)
+    return adopt_unix_listener(fd, address.path, mode=int(config.socket_mode, 8), group=config.socket_group)
+
+
+def _listener_name(address: Address) -> str:
+    return _LISTENER + urllib.parse.quote(str(address), safe="/")
 
 
 def _names(listeners: list[socket.socket]) -> list[str]:

@@ -97,6 +97,7 @@ class Config(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
     event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
+    standby: bool = True
     socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "0660"
     socket_group: str = ""
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000

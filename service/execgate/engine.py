@@ -28,6 +28,7 @@ from execgate.model.options import ExecOptions, exec_config
 from execgate.model.session import ExecSession, ExitSource
 from execgate.oci import capabilities
 from execgate.runtime.conmon import ConmonRuntime
+from execgate.runtime.fdstore import FdStore, NoFdStore
 from execgate.runtime.rootfs import read_in_container
 from execgate.runtime.tree import SessionCgroups
 from execgate.runtime.versions import BACKPORTS, runtime_version
@@ -142,9 +143,10 @@ class Engine:
 
 
 @contextlib.asynccontextmanager
-async def open_engine(config: Config) -> AsyncIterator[Engine]:
+async def open_engine(config: Config, store: FdStore | None = None) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
+    `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
@@ -152,9 +154,9 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
         _take_state_dir(config.state_dir, cleanup)
         cgroups = SessionCgroups.open()
         cleanup.callback(cgroups.close)
-        runtime = _runtime(config, cgroups)
-        store = SessionStore(config.state_dir / DATABASE, boot_id=proc.boot_id(), lost=runtime.records)
-        cleanup.callback(store.close)
+        runtime = _runtime(config, cgroups, store or NoFdStore())
+        records = SessionStore(config.state_dir / DATABASE, boot_id=proc.boot_id(), lost=runtime.records)
+        cleanup.callback(records.close)
         events = EventBus()
         cleanup.callback(events.close)
         captures = config.state_dir / "captures"
@@ -164,7 +166,7 @@ async def open_engine(config: Config) -> AsyncIterator[Engine]:
         manager = SessionManager(
             containers=catalog,
             runtime=runtime,
-            store=store,
+            store=records,
             events=events,
             read_accounts=_read_accounts,
             all_capabilities=capabilities.names(proc.own_capability_bounds()),
@@ -217,14 +219,18 @@ def limits_of(config: Config) -> Limits:
     )
 
 
-def _runtime(config: Config, cgroups: SessionCgroups) -> ConmonRuntime:
+def _runtime(config: Config, cgroups: SessionCgroups, store: FdStore) -> ConmonRuntime:
     conmon = config.conmon_path()
     if conmon is None:
         raise Unavailable("conmon is not installed", hint="install it, or set `conmon` to its path")
     directory = config.state_dir / "sessions"
     directory.mkdir(mode=0o700, exist_ok=True)
     runtime = ConmonRuntime(
-        conmon=conmon, directory=directory, start_timeout=config.start_timeout_seconds, cgroups=cgroups
+        conmon=conmon,
+        directory=directory,
+        start_timeout=config.start_timeout_seconds,
+        cgroups=cgroups,
+        store=store,
     )
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

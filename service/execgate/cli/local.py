@@ -5,7 +5,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -106,29 +106,34 @@ def _command(
 
 
 def _serve(config: Config, _arguments: argparse.Namespace) -> int:
+    """Be a worker: everything is prepared before the keeper is told, so that a new version can fail unnoticed."""
     from execgate import app  # noqa: PLC0415  (the other commands need not wait for it)
+    from execgate.worker import KeeperLink  # noqa: PLC0415
 
+    link = KeeperLink.from_environment(os.environ)
+    if link is None:
+        raise InvalidArgument("this is the part of `execgate serve` that its keeper starts")
     logs.set_up(config.log_level, config.log_format)
     if config.rootless == "auto":
         enter_podman(os.environ)
-    _run(app.serve(config), config.event_loop)
+    factory = _loop_factory(config.event_loop)
+    if link.wait_for_turn():
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(app.serve(config, link))
     return 0
 
 
-def _run(main_task: Coroutine[Any, Any, None], choice: str) -> None:
-    """Run on uvloop where it is installed, unless told otherwise."""
-    factory = None
-    if choice != "asyncio":
-        try:
-            import uvloop  # noqa: PLC0415  (optional)
-        except ImportError as error:
-            if choice == "uvloop":
-                main_task.close()
-                raise InvalidArgument("uvloop is not installed", hint="pip install 'execgate[uvloop]'") from error
-        else:
-            factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main_task)
+def _loop_factory(choice: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes the event loop: uvloop's where it is installed, unless told otherwise."""
+    if choice == "asyncio":
+        return None
+    try:
+        import uvloop  # noqa: PLC0415  (optional)
+    except ImportError as error:
+        if choice == "uvloop":
+            raise InvalidArgument("uvloop is not installed", hint="pip install 'execgate[uvloop]'") from error
+        return None
+    return uvloop.new_event_loop
 
 
 def _containers(config: Config, arguments: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 from execgate.model.errors import Conflict, InvalidArgument, Unavailable
 
 BACKLOG = 1024
-_LISTEN_FDS_START = 3  # sd_listen_fds(3)
 _SUN_PATH_MAX = 107
 _PROBE_TIMEOUT = 1.0
 
@@ -57,25 +56,27 @@ def open_listener(address: Address, *, mode: int, group: str) -> socket.socket:
         raise Unavailable(f"cannot listen on {address}: {error.strerror}") from error
 
 
-def inherited_listeners() -> list[socket.socket]:
-    """Return the sockets that systemd passed (sd_listen_fds(3)), and take the variables out of the environment.
+def adopt_listener(fd: int) -> socket.socket:
+    """Return the listening socket of a descriptor that somebody else has opened. Unavailable when it is none."""
+    try:
+        found = socket.socket(fileno=fd)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on inherited descriptor {fd}: {error.strerror}") from error
+    found.setblocking(False)
+    return found
 
-    Unavailable when what it passed are no sockets.
+
+def adopt_unix_listener(fd: int, path: Path, *, mode: int, group: str) -> socket.socket | None:
+    """Return the listening socket that an earlier service has opened at `path`; None when the path is no longer its.
+
+    Its file gets the permissions that are configured now.
     """
-    count, pid = os.environ.pop("LISTEN_FDS", ""), os.environ.pop("LISTEN_PID", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
-    if not (count.isascii() and count.isdigit()) or pid != str(os.getpid()):
-        return []
-    sockets = []
-    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
-        try:
-            os.set_inheritable(fd, False)
-            inherited = socket.socket(fileno=fd)
-        except OSError as error:
-            raise Unavailable(f"cannot listen on inherited descriptor {fd}: {error.strerror}") from error
-        inherited.setblocking(False)
-        sockets.append(inherited)
-    return sockets
+    found = adopt_listener(fd)
+    if socket_identity(path) is None:
+        found.close()
+        return None
+    _permit(path, mode, group)
+    return found
 
 
 def remove_socket_file(path: Path, identity: tuple[int, int] | None) -> None:
@@ -103,10 +104,14 @@ def _open_unix(path: Path, mode: int, group: str) -> socket.socket:
             listener.bind(os.fspath(path))
         finally:
             os.umask(before)
-        if group:
-            os.chown(path, -1, _gid(group))
-        path.chmod(mode)
+        _permit(path, mode, group)
     return listener
+
+
+def _permit(path: Path, mode: int, group: str) -> None:
+    if group:
+        os.chown(path, -1, _gid(group))
+    path.chmod(mode)
 
 
 def _clear_stale(path: Path) -> None:

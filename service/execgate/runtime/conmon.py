@@ -51,6 +51,7 @@ from execgate.model.ids import SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import UNKNOWN_EXIT, ExecSession, ExitSource, ExitStatus
 from execgate.runtime import failures, pidfd
+from execgate.runtime.fdstore import FdStore, Role, stream_name
 from execgate.runtime.readiness import Descriptor, readable
 from execgate.runtime.streams import (
     AttachInput,
@@ -97,6 +98,12 @@ _NO_CODE = -1
 """What conmon writes as the exit code when it has none: after its timeout, or when it cannot tell."""
 
 _KILLED_BY_MONITOR = ExitStatus(128 + signal.SIGKILL, ExitSource.TIMEOUT)
+
+_CODE_MAX = 255
+_LAST_WORD = 0.1
+"""Seconds in which a sync pipe that still has a writer is read to its end, once its conmon should be gone."""
+
+_OUTPUT_ROLES = {stdcopy.STDOUT: Role.STDOUT, stdcopy.STDERR: Role.STDERR}
 
 _REAP_ATTEMPTS = 20
 _REAP_INTERVAL = 0.05
@@ -158,9 +165,12 @@ class ConmonRuntime:
     a process before it and everything it began is killed.
     """
 
-    def __init__(self, *, conmon: Path, directory: Path, start_timeout: float, cgroups: SessionCgroups) -> None:
+    def __init__(
+        self, *, conmon: Path, directory: Path, start_timeout: float, cgroups: SessionCgroups, store: FdStore
+    ) -> None:
         self._conmon = conmon
         self._cgroups = cgroups
+        self._store = store
         self._directory = directory
         self._start_timeout = start_timeout
         # As it is now: the service may raise its own later, and a container without one must not inherit that.
@@ -186,6 +196,7 @@ class ConmonRuntime:
             # conmon initialises meanwhile, on another processor.
             self._cgroups.add(request.session_id, execution.monitor_pid)
             record = intend()
+            execution.keep()  # before there is anything to run: what runs is kept
             _write_files(directory, request.process, Held(execution.held, execution.monitor, record))
             if request.tty and request.attached:
                 await asyncio.wait_for(execution.connect(), self._start_timeout)
@@ -200,7 +211,8 @@ class ConmonRuntime:
 
     def adopt(self, session: ExecSession) -> "AdoptedExec":
         """Take back a process that an earlier service started."""
-        return AdoptedExec(session_directory(self._directory, session.id), session, self._cgroups)
+        directory = session_directory(self._directory, session.id)
+        return AdoptedExec(directory, session, self._cgroups, self._store, self._start_timeout)
 
     def records(self) -> Iterator[str]:
         """Yield the record of each session that may still run, as it was when it was about to be started."""
@@ -227,7 +239,7 @@ class ConmonRuntime:
             sync_read, sync_write = _pipe(ours, theirs)
             start_write, start_read = _pipe(ours, theirs, ours_writes=True)
             attach_read, attach_write = _pipe(ours, theirs)
-            streams, stdio = _standard_streams(request, ours, theirs)
+            streams, stdio = _standard_streams(request, ours, theirs, self._store)
             outputs = [output for output in streams.outputs if isinstance(output, PipeOutput)]
             theirs_by_name = {
                 "_OCI_SYNCPIPE": sync_write,
@@ -267,6 +279,7 @@ class ConmonRuntime:
             held=held,
             start_timeout=self._start_timeout,
             cgroups=self._cgroups,
+            store=self._store,
         )
 
     def _arguments(self, request: ExecRequest, directory: Path) -> list[str]:
@@ -307,8 +320,10 @@ class ConmonExec:
         held: Mapping[int, int],
         start_timeout: float,
         cgroups: SessionCgroups,
+        store: FdStore,
     ) -> None:
         self.streams = streams
+        self._store = store
         self.held = held
         self.tree: ProcessTree | None = None
         self._cgroups = cgroups
@@ -337,6 +352,19 @@ class ConmonExec:
         """conmon's pid."""
         return self._monitor.pid
 
+    def keep(self) -> None:
+        """Have what the next service needs kept: the pipes, and the one that tells the end."""
+        descriptors = {Role.SYNC: self._sync.fileno()}
+        if isinstance(self.streams.input, PipeInput):
+            descriptors[Role.STDIN] = self.streams.input.fileno()
+        for output in self.streams.outputs:
+            if isinstance(output, PipeOutput):
+                descriptors[_OUTPUT_ROLES[output.stream]] = output.fileno()
+        self._keep(descriptors)
+
+    def _keep(self, descriptors: Mapping[Role, int]) -> None:
+        self._store.keep({stream_name(self._request.session_id, role): fd for role, fd in descriptors.items()})
+
     async def connect(self) -> None:
         """Step 2: let conmon open its attach socket and take the one connection to it."""
         os.write(self._start_pipe.fileno(), b"\n")
@@ -344,6 +372,7 @@ class ConmonExec:
         if ready is None or ready.data != 0:
             raise ConnectionError(f"conmon has no attach socket: {ready}")
         connection = _connect_seqpacket(self._directory / "attach")
+        self._keep({Role.TERMINAL: connection.fileno()})
         wants_input, wants_output = self._request.stdin, self._request.stdout or self._request.stderr
         output = AttachOutput(connection)
         self.streams = ExecStreams(
@@ -370,6 +399,8 @@ class ConmonExec:
             (self._directory / "process.json").unlink()  # it holds secrets
         self._process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
         self._pidfd = pidfd.open_pidfd(self._process)
+        if self._pidfd is not None:
+            self._keep({Role.PROCESS: self._pidfd.fileno()})
         self.tree = ProcessTree(self._cgroups, self._request.session_id, self._process)
         return self._process
 
@@ -445,6 +476,7 @@ class ConmonExec:
     async def dispose(self) -> None:
         """Step 6: leave nothing behind: no descriptor, no directory, no monitor."""
         self.leave()
+        _drop(self._store, self._request.session_id)
         await self._monitor.gone(_MONITOR_GRACE)
         self._cgroups.remove(self._request.session_id)
         _remove_directory(self._directory)
@@ -477,50 +509,82 @@ class ConmonExec:
 
 
 class AdoptedExec:
-    """A process that an earlier service started: its client is gone, its output and its end are not.
+    """A process that an earlier service started, or was about to start: its client is gone, and nothing else.
 
-    Without a TTY its stdin has ended with that service, and no output is lost. With one, what it wrote in between is:
-    conmon keeps nothing for a terminal that nobody looks at.
+    What the keeper has kept is taken back: stdin that has not ended, output that nobody has read, the pipe that tells
+    pid and exit code. Without a keeper the output pipes are those that conmon holds, a terminal is attached to anew
+    (and what it wrote in between is lost: conmon keeps nothing for a terminal that nobody looks at), stdin has ended.
 
-    The pid was written by conmon into a file, if the record has none: the service died during the start.
+    The service may have died during the start. Then conmon was let go by that death, and says on the kept sync pipe
+    what becomes of it; without that pipe there is the file into which the runtime has written the pid.
     """
 
-    def __init__(self, directory: Path, session: ExecSession, cgroups: SessionCgroups) -> None:
+    def __init__(
+        self, directory: Path, session: ExecSession, cgroups: SessionCgroups, store: FdStore, start_timeout: float
+    ) -> None:
         held = _read_held(directory) or Held({}, None, "")
         self.monitor = session.monitor or held.monitor
-        self.streams = _reopen(directory, session, held, self.monitor)
         self.tree: ProcessTree | None = None
         self._session_id = session.id
         self._directory = directory
         self._cgroups = cgroups
+        self._store = store
+        self._start_timeout = start_timeout
         self._deadline = _deadline(session)
-        self._process = session.process or _pid_file_identity(directory)
+        sync = self._take(Role.SYNC)
+        self._sync = _SyncPipe(sync) if sync is not None else None
+        self.streams = self._streams(session, held)
+        self._process: ProcessIdentity | None = None
         self._pidfd: Descriptor | None = None
-        if self._process is not None:
-            self._pidfd = pidfd.open_pidfd(self._process)
-            self.tree = ProcessTree(cgroups, session.id, self._process)
+        if (process := session.process or _pid_file_identity(directory)) is not None:
+            self._know(process)
 
     @property
     def process(self) -> ProcessIdentity | None:
-        """Who it is; None when it was never started."""
+        """Who it is; None while that is not known."""
         return self._process
 
+    @property
+    def starting(self) -> bool:
+        """Whether the start is still to be waited for."""
+        return self._process is None and self._sync is not None
+
     async def start(self) -> ProcessIdentity:
-        """It has been started. Internal when it never was."""
+        """Return who it is, once conmon says so if need be. StartFailed when it never came to be."""
+        if self._process is None and self._sync is not None:
+            message: SyncMessage | None = None
+            with contextlib.suppress(TimeoutError):
+                message = await asyncio.wait_for(self._sync.next(), self._start_timeout)
+            process = _pid_file_identity(self._directory)
+            if process is None and message is not None and message.data is not None and message.data > 0:
+                process = pidfd.identify(message.data)
+            if process is not None:
+                self._know(process)
         if self._process is None:
-            raise Internal("the process was never started")
+            reason = failures.last_error(_tail(self._directory / "oci-log"))
+            await self._undo()
+            raise failures.start_failure(reason or "the service ended during the start")
+        with contextlib.suppress(OSError):
+            (self._directory / "process.json").unlink()
         return self._process
 
     async def wait(self) -> ExitStatus:
-        """Return how it ended: from the exit file, else from the kernel, else unknown."""
+        """Return how it ended: from the exit file, the sync pipe, the kernel, else unknown."""
         if self._pidfd is not None:
             await pidfd.ended(self._pidfd)
         if self.monitor is not None and (monitor := pidfd.open_pidfd(self.monitor)):
             with contextlib.closing(monitor), contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(pidfd.ended(monitor), _MONITOR_GRACE)  # it writes the exit file, then ends
+        message = await self._last_message()
+        if message is not None and message.message == _TIMED_OUT:
+            return _KILLED_BY_MONITOR
         if time.time() >= self._deadline and exit_file_code(self._directory) == _NO_CODE:
             return _KILLED_BY_MONITOR
-        return exit_file_status(self._directory) or await kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
+        if status := exit_file_status(self._directory):
+            return status
+        if message is not None and message.data is not None and 0 <= message.data <= _CODE_MAX:
+            return ExitStatus(message.data, ExitSource.SYNC_PIPE)
+        return await kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
 
     def resize(self, size: ConsoleSize) -> None:
         """Set the terminal's size."""
@@ -529,18 +593,62 @@ class AdoptedExec:
     def leave(self) -> None:
         """Let go of it."""
         self.streams.close()
+        if self._sync is not None:
+            self._sync.close()
         if self._pidfd is not None:
             self._pidfd.close()
 
     async def dispose(self) -> None:
         """Remove what is left of it. Its monitor is no child of ours and ends by itself."""
         self.leave()
+        _drop(self._store, self._session_id)
         self._cgroups.remove(self._session_id)
         _remove_directory(self._directory)
 
     async def abort(self) -> None:
         """There is no start to undo."""
         await self.dispose()
+
+    def _know(self, process: ProcessIdentity) -> None:
+        """Note who it is. The pidfd that was kept tells the exit code of a process that is long gone."""
+        self._process = process
+        self._pidfd = self._take(Role.PROCESS) or pidfd.open_pidfd(process)
+        self.tree = ProcessTree(self._cgroups, self._session_id, process)
+
+    async def _undo(self) -> None:
+        """End a start that came to nothing, or to nothing that is known, with all that belongs to it."""
+        if self.monitor is not None and (monitor := pidfd.open_pidfd(self.monitor)):
+            with contextlib.closing(monitor), contextlib.suppress(OSError):
+                if os.getpgid(self.monitor.pid) == self.monitor.pid:
+                    os.killpg(self.monitor.pid, signal.SIGKILL)
+                else:
+                    signal.pidfd_send_signal(monitor.fileno(), signal.SIGKILL)
+        await self.dispose()
+
+    async def _last_message(self) -> SyncMessage | None:
+        """Return the last thing that conmon has said, without waiting for more: it has ended, or is stuck."""
+        last: SyncMessage | None = None
+        if self._sync is not None:
+            with contextlib.suppress(TimeoutError):
+                while message := await asyncio.wait_for(self._sync.next(), _LAST_WORD):
+                    last = message
+        return last
+
+    def _take(self, role: Role) -> Descriptor | None:
+        fd = self._store.take(stream_name(self._session_id, role))
+        return None if fd is None else Descriptor(fd)
+
+    def _streams(self, session: ExecSession, held: Held) -> ExecStreams:
+        """Take the streams back: those that were kept, else what a living conmon has for us."""
+        terminal = self._take(Role.TERMINAL)
+        if terminal is not None:
+            return _terminal_streams(socket.socket(fileno=terminal.detach()), session)
+        if session.config.tty or self._sync is None:
+            return _reopen(self._directory, session, held, self.monitor)
+        kept = {number: self._take(role) for number, role in _OUTPUT_ROLES.items()}
+        outputs = [PipeOutput(pipe, number) for number, pipe in kept.items() if pipe is not None]
+        stdin = self._take(Role.STDIN)
+        return ExecStreams(outputs=outputs, input=_stdin(stdin, session.id, self._store) if stdin else None)
 
 
 class _Monitor:
@@ -617,6 +725,9 @@ class _SyncPipe:
                 return None
             self._messages.extend(self._lines.feed(data))
         return self._messages.pop(0)
+
+    def fileno(self) -> int:
+        return self._pipe.fileno()
 
     def close(self) -> None:
         self._pipe.close()
@@ -706,6 +817,10 @@ def _reattach(directory: Path, session: ExecSession) -> ExecStreams:
         if not isinstance(error, FileNotFoundError):
             log.warning("the terminal of %s cannot be taken back: %s", directory.name, error)
         return ExecStreams()
+    return _terminal_streams(connection, session)
+
+
+def _terminal_streams(connection: socket.socket, session: ExecSession) -> ExecStreams:
     return ExecStreams(
         outputs=(AttachOutput(connection),), input=AttachInput(connection) if session.config.attach_stdin else None
     )
@@ -788,7 +903,7 @@ def _pipe(
 
 
 def _standard_streams(
-    request: ExecRequest, ours: contextlib.ExitStack, theirs: contextlib.ExitStack
+    request: ExecRequest, ours: contextlib.ExitStack, theirs: contextlib.ExitStack, store: FdStore
 ) -> tuple[ExecStreams, list[int]]:
     """Return the streams that we hold, and what conmon gets as its descriptors 0, 1 and 2."""
     null = Descriptor(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
@@ -800,13 +915,23 @@ def _standard_streams(
     outputs: list[Output] = []
     if request.stdin:
         mine, other = _pipe(ours, theirs, ours_writes=True)
-        stdin, stdio[0] = PipeInput(mine), other.fileno()
+        stdin, stdio[0] = _stdin(mine, request.session_id, store), other.fileno()
     for wanted, number in ((request.stdout, stdcopy.STDOUT), (request.stderr, stdcopy.STDERR)):
         if wanted:
             mine, other = _pipe(ours, theirs)
             outputs.append(PipeOutput(mine, number))
             stdio[number] = other.fileno()
     return ExecStreams(outputs=outputs, input=stdin), stdio
+
+
+def _stdin(pipe: Descriptor, session_id: SessionId, store: FdStore) -> PipeInput:
+    """Return the process's stdin, whose end is the end of the duplicate that is kept, too."""
+    return PipeInput(pipe, ended=lambda: store.drop([stream_name(session_id, Role.STDIN)]))
+
+
+def _drop(store: FdStore, session_id: SessionId) -> None:
+    """Have nothing of a session kept any more."""
+    store.drop([stream_name(session_id, role) for role in Role])
 
 
 def _connect_seqpacket(path: Path) -> socket.socket:

@@ -8,6 +8,7 @@ whatever we close. So whoever *ends* something has to `drop` it too; whoever mer
 """
 
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from typing import Protocol
 
 from execgate.model.ids import SessionId
@@ -42,6 +43,17 @@ class NoFdStore:
         """See `FdStore.take`."""
 
 
-def stream_name(session_id: SessionId, role: str) -> str:
-    """Return the name under which a session's descriptor is kept; `role` is stdin, stdout, stderr, sync, terminal."""
+class Role(StrEnum):
+    """What a descriptor is to its session: a pipe, conmon's attach socket, conmon's sync pipe, the process's pidfd."""
+
+    STDIN = "stdin"
+    STDOUT = "stdout"
+    STDERR = "stderr"
+    TERMINAL = "terminal"
+    SYNC = "sync"
+    PROCESS = "process"
+
+
+def stream_name(session_id: SessionId, role: Role) -> str:
+    """Return the name under which a session's descriptor is kept."""
     return f"{session_id[:32]}.{role}"

@@ -18,7 +18,7 @@ import os
 import socket
 import struct
 import termios
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -134,13 +134,14 @@ class PipeOutput:
 
 
 class PipeInput:
-    """The write end of the pipe that is the process's stdin."""
+    """The write end of the pipe that is the process's stdin. `ended` is called when it is closed."""
 
-    __slots__ = ("_bulk", "_pipe", "_waiter")
+    __slots__ = ("_bulk", "_ended", "_pipe", "_waiter")
 
-    def __init__(self, pipe: Descriptor) -> None:
+    def __init__(self, pipe: Descriptor, ended: Callable[[], None] = lambda: None) -> None:
         os.set_blocking(pipe.fileno(), False)
         self._pipe = pipe
+        self._ended = ended
         self._waiter = WriteWaiter(pipe.fileno())
         self._bulk = False
 
@@ -161,10 +162,16 @@ class PipeInput:
                 self.close()
                 raise InputClosed from None
 
+    def fileno(self) -> int:
+        """Return the pipe's descriptor."""
+        return self._pipe.fileno()
+
     def close(self) -> None:
         """See `Input.close`."""
         self._waiter.release()
-        self._pipe.close()
+        if self._pipe:
+            self._pipe.close()
+            self._ended()
 
 
 class AttachOutput:

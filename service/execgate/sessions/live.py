@@ -67,7 +67,11 @@ class Adopted(Execution, Protocol):
 
     @property
     def process(self) -> ProcessIdentity | None:
-        """Who it is; None when it was never started."""
+        """Who it is; None when it was never started, or when that is not known yet."""
+
+    @property
+    def starting(self) -> bool:
+        """Whether its start is still under way."""
 
 
 class AttachedClient(Client, Protocol):
@@ -130,9 +134,13 @@ class LiveSession:
         """Start the prepared execution in a task of its own; `begun` is told the outcome of the start."""
         self.task = asyncio.create_task(self._run(client, begun), name=f"exec {self.session.id[:12]}")
 
-    def adopt(self, execution: Execution) -> None:
-        """Go on with a process that an earlier service started."""
-        self.execution, self.started = execution, True
+    def adopt(self, execution: Adopted) -> None:
+        """Go on with a process that an earlier service started, or was about to start."""
+        self.execution = execution
+        if execution.starting:
+            self.run(None)
+            return
+        self.started = True
         self._settle()
         self.task = asyncio.create_task(self._attend(None), name=f"adopted exec {self.session.id[:12]}")
 

@@ -383,11 +383,15 @@ class SessionManager:
         self._remove_strays()
         return len(adopted)
 
-    async def close(self) -> None:
-        """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
+    async def settle(self) -> None:
+        """Let starts that are under way come to their outcome, for a moment."""
         starts = [one.settled for one in self._live.values() if one.task is not None and not one.settled.done()]
         if starts:  # a conmon that cannot report the pid of its process gives up
             await asyncio.wait(starts, timeout=_START_GRACE)
+
+    async def close(self) -> None:
+        """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
+        await self.settle()
         await asyncio.gather(*[live.close() for live in list(self._live.values())])
         ending = {live.task for live in self._ending if live.task is not None}
         if ending:
