@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.bundle import SLEEP_FOREVER
+from support.processes import children
 from support.runtimes import TestContainer, pid_namespace, processes_within
 from support.service import Service
 
@@ -25,6 +26,7 @@ class Footprint:
     """
 
     descriptors: tuple[str, ...]
+    kept: tuple[str, ...]
     threads: int
     children: frozenset[int]
     monitors: frozenset[int]
@@ -38,6 +40,8 @@ class Footprint:
         found = []
         if extra := _surplus(self.descriptors, before.descriptors):
             found.append(f"descriptors: {extra}")
+        if extra := _surplus(self.kept, before.kept):
+            found.append(f"descriptors of the keeper: {extra}")
         if self.threads > before.threads + _POOL_THREADS:
             found.append(f"threads: {before.threads} before, {self.threads} now")
         found += [
@@ -57,8 +61,9 @@ def footprint(service: Service) -> Footprint:
     pid = service.pid
     return Footprint(
         descriptors=_descriptors(pid),
+        kept=_descriptors(service.keeper),
         threads=len(os.listdir(f"/proc/{pid}/task")),
-        children=_children(pid),
+        children=children(pid),
         monitors=monitors(service.state_dir),
         session_directories=_session_directories(service.state_dir),
     )
@@ -158,16 +163,6 @@ def _surplus(now: tuple[str, ...], before: tuple[str, ...]) -> list[str]:
         else:
             extra.append(kind)
     return extra
-
-
-def _children(pid: int) -> frozenset[int]:
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            found.update(map(int, (task / "children").read_text().split()))
-        except OSError:  # that thread ended, or the kernel was built without CONFIG_PROC_CHILDREN
-            continue
-    return frozenset(found)
 
 
 def _session_directories(state_dir: Path) -> frozenset[str]:

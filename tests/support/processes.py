@@ -28,3 +28,14 @@ def _names(pid: str, marker: bytes) -> bool:
         return marker in Path("/proc", pid, "cmdline").read_bytes()
     except OSError:  # it has ended
         return False
+
+
+def children(pid: int) -> frozenset[int]:
+    """Return the pids of a process's children."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            found.update(map(int, (task / "children").read_text().split()))
+        except OSError:  # that thread ended, or the kernel was built without CONFIG_PROC_CHILDREN
+            continue
+    return frozenset(found)

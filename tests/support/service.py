@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from execgate.runtime.conmon import longest_state_dir
+from execgate.status import read_status
 from support.errors import HostError
 from support.notify import NotifySocket
+from support.processes import children
 from support.runtimes import RuntimeHost
 
 READY_TIMEOUT = 20.0
@@ -106,7 +109,14 @@ class Service:
 
     @property
     def pid(self) -> int:
-        """The pid of its first process."""
+        """The pid of the worker that serves."""
+        status = read_status(self.state_dir)
+        assert status is not None, "it has never served"
+        return status.worker.pid
+
+    @property
+    def keeper(self) -> int:
+        """The pid of its keeper."""
         return self.process.pid
 
     def log(self) -> str:
@@ -139,11 +149,33 @@ class Service:
             assert sign not in log, f"the service logged {sign!r}:\n{log}"
 
     def kill(self) -> None:
-        """End it with SIGKILL, as a crash would; harmless when it has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        """End all of it with SIGKILL, the keeper included, as a crash would; harmless when it has ended.
+
+        The keeper first, or it would replace the worker.
+        """
+        workers = [os.pidfd_open(pid) for pid in children(self.keeper)] if self.process.poll() is None else []
+        self.process.kill()
         self.process.wait()
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(worker, signal.SIGKILL)
+            select.select([worker], [], [])
+            os.close(worker)
         self._notify.close()
+
+    def crash(self) -> None:
+        """End its worker with SIGKILL, and return when another one serves."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.await_ready()
+
+    def reload(self) -> None:
+        """Have it replaced by SIGHUP, and return when the next one serves."""
+        self.process.send_signal(signal.SIGHUP)
+        self.await_ready()
+
+    def await_ready(self) -> None:
+        """Return when the keeper says once more that a worker serves."""
+        self._notify.wait_for("READY=1", self.process, timeout=READY_TIMEOUT)
 
 
 def execgate_program() -> Path:

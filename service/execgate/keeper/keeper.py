@@ -83,6 +83,7 @@ class Keeper:
         self._signals: list[int] = []
         self._exit_code: int | None = None
         self._stopping = False
+        self._stopped_by: set[int] = set()
         self._reloading = False
         self._has_served = False
         self._stand_by = False
@@ -128,9 +129,12 @@ class Keeper:
             self._stop(number)
 
     def _stop(self, number: int) -> None:
-        """End the worker, and then ourselves; a second signal does not wait for its manners."""
-        if self._stopping or (self._active is None and not self._has_served):
+        """End the worker, and then ourselves; the same signal once more does not wait for its manners."""
+        if number in self._stopped_by or not self._has_served:
             self._end(-number)
+            return
+        self._stopped_by.add(number)
+        if self._stopping:
             return
         self._stopping = True
         self._notifier.tell("STOPPING=1")
@@ -164,9 +168,9 @@ class Keeper:
                 return
             except OSError:
                 message = None
-            if message is None:  # it closed its end, which a worker in order never does before it dies
+            if message is None:  # it closed its end, which is the last thing that a worker does
                 self._poll.unregister(worker.control)
-                worker.kill()
+                worker.deadline = time.monotonic() + _GIVE_TIMEOUT
                 return
             self._told(worker, message)
 
@@ -188,9 +192,9 @@ class Keeper:
     def _serves(self, worker: Worker, *, stand_by: bool) -> None:
         worker.deadline, worker.served_since = None, time.monotonic()
         self._has_served, self._stand_by, self._reloading = True, stand_by, False
-        self._notifier.tell("READY=1")
         if stand_by and self._heir is None and not self._stopping:
             self._start_heir()
+        self._notifier.tell("READY=1")
 
     def _died(self, worker: Worker, status: int) -> None:
         while self._told_all(worker):
@@ -216,7 +220,7 @@ class Keeper:
         return False
 
     def _active_died(self, worker: Worker, code: int) -> None:
-        if self._stopping:
+        if self._stopping or not self._has_served:
             self._end(_shell_code(code))
             return
         if self._reloading and code == 0:  # it has handed over
@@ -373,7 +377,12 @@ class Keeper:
 def run(argv: Sequence[str]) -> int:
     """Run `argv` as workers, with what the service manager has passed; return the exit code."""
     environ = dict(os.environ)
-    code = Keeper(argv, environ, systemd.inherited(environ)).run()
+    try:
+        kept = systemd.inherited(environ)
+    except OSError as error:
+        say(str(error.strerror))
+        return 1
+    code = Keeper(argv, environ, kept).run()
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -397,4 +406,4 @@ def ending(code: int) -> str:
 def say(text: str) -> None:
     """Tell the operator, on stderr; one who does not listen is no reason to die."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"execgate keeper: {text}", file=sys.stderr, flush=True)
+        print(f"execgate: keeper: {text}", file=sys.stderr, flush=True)

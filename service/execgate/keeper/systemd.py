@@ -68,7 +68,7 @@ class Notifier:
 def inherited(environ: MutableMapping[str, str]) -> dict[str, int]:
     """Return what the service manager passed, by our names for it, and take the variables out of the environment.
 
-    Descriptors that an earlier keeper had stored have the names that it gave them.
+    Descriptors that an earlier keeper had stored have the names that it gave them. OSError when one is none.
     """
     count, pid = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_PID", "")
     names = environ.pop("LISTEN_FDNAMES", "").split(":")
@@ -78,7 +78,10 @@ def inherited(environ: MutableMapping[str, str]) -> dict[str, int]:
     for number in range(int(count)):
         fd = _LISTEN_FDS_START + number
         name = names[number] if number < len(names) else ""
-        os.set_inheritable(fd, False)
+        try:
+            os.set_inheritable(fd, False)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on inherited descriptor {fd}: {error.strerror}") from error
         ours = name.removeprefix(_PREFIX)
         found[ours if ours != name else f"{ACTIVATED}{number}"] = fd
     return found
