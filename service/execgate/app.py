@@ -10,10 +10,11 @@ import socket
 import urllib.parse
 from enum import Enum
 
-from execgate import __version__
+from execgate import __version__, handover
 from execgate.config import Config
 from execgate.containers.top import top
 from execgate.engine import Engine, open_engine
+from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import (
     Address,
     adopt_listener,
@@ -46,13 +47,18 @@ async def serve(config: Config, link: KeeperLink) -> None:
     """Run the service until the keeper says so. Raises the category of whatever keeps it from starting."""
     ending = _ending(link)
     async with contextlib.AsyncExitStack() as cleanup:
-        engine = await cleanup.enter_async_context(open_engine(config, link))
+        streams = OpenStreams()
+        before = handover.take(link, streams) or handover.Handover()
+        engine = await cleanup.enter_async_context(open_engine(config, link, before.sessions))
+        engine.events.restore(before.events)
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
         trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
-        server = HttpServer(build_application(trees))
+        server = HttpServer(build_application(trees, streams))
         cleanup.push_async_callback(server.close)
         await server.start(listeners)
+        for connection in before.connections:
+            await server.adopt(connection.fd, connection.read)
         # What is here now stays: collections need not go over every module again and again.
         gc.collect()
         gc.freeze()
@@ -61,18 +67,22 @@ async def serve(config: Config, link: KeeperLink) -> None:
         log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
         how = await ending
         await server.stop_accepting()
-        engine.events.close()
         if how is Ending.LEAVE:
-            await _leave(engine, link)
+            await _leave(engine, server, streams, link)
+        engine.events.close()
         if engine.sessions.live:
             log.info("stops; %d running processes live on", engine.sessions.live)
         await engine.sessions.close()
 
 
-async def _leave(engine: Engine, link: KeeperLink) -> None:
+async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink) -> None:
     """End in favour of the next service, which gets everything as it stands: nothing is closed or undone."""
     log.info("hands over %d running processes", engine.sessions.live)
-    await engine.sessions.settle()
+    engine.sessions.close_gate()
+    engine.events.close()
+    connections = [handover.Connection(*found) for found in await server.hand_over()]
+    sessions = await engine.sessions.hand_over()
+    handover.give(link, streams, sessions, connections, engine.events.past(0))
     await link.flushed()
     logging.shutdown()
     os._exit(0)

@@ -14,7 +14,7 @@ import logging
 import os
 import resource
 import signal as signals
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -24,6 +24,7 @@ from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
+from execgate.model.ids import SessionId
 from execgate.model.options import ExecOptions, exec_config
 from execgate.model.session import ExecSession, ExitSource
 from execgate.oci import capabilities
@@ -35,7 +36,7 @@ from execgate.runtime.versions import BACKPORTS, runtime_version
 from execgate.sessions.events import EventBus
 from execgate.sessions.live import BOTH
 from execgate.sessions.local import LocalStream
-from execgate.sessions.manager import Limits, SessionManager
+from execgate.sessions.manager import HandedSession, Limits, SessionManager
 from execgate.sessions.oneshot import RunResult
 from execgate.sessions.oneshot import run as run_once
 from execgate.sessions.store import SessionStore
@@ -143,10 +144,15 @@ class Engine:
 
 
 @contextlib.asynccontextmanager
-async def open_engine(config: Config, store: FdStore | None = None) -> AsyncIterator[Engine]:
+async def open_engine(
+    config: Config,
+    store: FdStore | None = None,
+    handed: Mapping[SessionId, HandedSession] | None = None,
+) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
+    `handed` is what an earlier one has said of its sessions in a graceful reload.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
@@ -174,7 +180,7 @@ async def open_engine(config: Config, store: FdStore | None = None) -> AsyncIter
             captures=captures,
         )
         cleanup.push_async_callback(manager.close)
-        if recovered := await manager.recover():
+        if recovered := await manager.recover(handed):
             log.info("took back %d running sessions of an earlier service", recovered)
         sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")
         cleanup.push_async_callback(_end, sweeper)

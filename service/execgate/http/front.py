@@ -15,6 +15,7 @@ too large, too slow or compressed.
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -44,12 +45,19 @@ _LINGER = 2.0
 
 _HIJACKABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/(start|attach)", re.ASCII)
 
+_REPEATABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/(start|wait|stop)", re.ASCII)
+"""Requests that may wait, and can be asked of the next service once more: a start whose turn has not come, too."""
+
 
 class FrontProtocol(asyncio.Protocol):
     """One connection. `inner` is aiohttp's protocol for it."""
 
-    def __init__(self, inner: web.RequestHandler, *, max_body: int) -> None:
+    def __init__(
+        self, inner: web.RequestHandler, *, max_body: int, told: Callable[["FrontProtocol"], None] = lambda _: None
+    ) -> None:
+        """`told` is called when a request has its answer and when the connection is over."""
         self._inner = inner
+        self._told = told
         self._splitter = RequestSplitter(max_body=max_body)
         self._transport: asyncio.Transport | None = None
         self._held: bytearray | None = None  # bytes behind a start request, while one is open
@@ -60,6 +68,10 @@ class FrontProtocol(asyncio.Protocol):
         self._outstanding = 0
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
+        self._request = bytearray()  # the one that is being answered, if it is one that could be asked again
+        self._repeatable = False
+        self.patient = False
+        """Whether the request that is being answered waits for something that may never happen."""
 
     # -- what a handler asks ----------------------------------------------------------------------------------------
 
@@ -74,9 +86,11 @@ class FrontProtocol(asyncio.Protocol):
             raise ConnectionResetError("the client is gone")
         if self._held is None:
             raise Internal("this request cannot be hijacked", hint="the path of a start request was not recognised")
-        held, self._held = bytes(self._held), None
+        protocol = successor(transport, bytes(self._held), self._eof)
+        self._held = None
+        self._request.clear()
         self._arm(None)
-        transport.set_protocol(successor(transport, held, self._eof))
+        transport.set_protocol(protocol)
 
     def request_done(self, *, failed: bool) -> bool:
         """Note that the oldest request has its answer; return whether the connection must end with it.
@@ -85,6 +99,9 @@ class FrontProtocol(asyncio.Protocol):
         on its way, so that connection ends too; after a detached start it goes on.
         """
         self._outstanding -= 1
+        asyncio.get_running_loop().call_soon(self._told, self)
+        self._request.clear()
+        self.patient = False
         if self._outstanding:  # a start request is always the last: this was one before it
             return False
         if self._arriving and self._hijackable:  # refused before its body was here
@@ -101,6 +118,47 @@ class FrontProtocol(asyncio.Protocol):
             self._tell_left()
         await asyncio.shield(self._left)
 
+    # -- handing over -----------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Read no further request."""
+        if self._ours:
+            cast("asyncio.Transport", self._transport).pause_reading()
+
+    @property
+    def open(self) -> bool:
+        """Whether the connection is there, be it ours or its successor's."""
+        return self._transport is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is owed that will come soon."""
+        return self._ours and self._outstanding > 0 and not self.patient
+
+    def hand_over(self) -> tuple[int, bytes] | None:
+        """Return a descriptor of the connection (the caller's) and what was read of the requests to come.
+
+        A request that is being answered is among them if nothing has happened yet and asking again does no harm. None
+        when the connection cannot be handed over: it is at its end, or in the midst of an answer.
+        """
+        transport = self._transport
+        if transport is None or not self._ours or self._refused or self._eof:
+            return None
+        if transport.get_write_buffer_size() or (self._outstanding and not self._asked_again):
+            return None
+        rest = bytes(self._held) if self._held is not None else self._splitter.take_rest()
+        return os.dup(transport.get_extra_info("socket").fileno()), bytes(self._request) + rest
+
+    @property
+    def _ours(self) -> bool:
+        """Whether the connection is open, and nobody has taken it over."""
+        transport = self._transport
+        return transport is not None and not transport.is_closing() and transport.get_protocol() is self
+
+    @property
+    def _asked_again(self) -> bool:
+        return self._outstanding == 1 and self._repeatable and not self._arriving
+
     # -- what the event loop says -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -114,6 +172,7 @@ class FrontProtocol(asyncio.Protocol):
         self._transport, self._eof = None, True
         self._arm(None)
         self._tell_left()
+        self._told(self)
         self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -165,6 +224,8 @@ class FrontProtocol(asyncio.Protocol):
                 self._arm(None if self._splitter.idle else HEAD_TIMEOUT)
 
     def _pass_on(self, raw: bytes) -> None:
+        if self._repeatable:
+            self._request += raw
         try:
             self._inner.data_received(raw)
         except Exception as error:  # aiohttp's parser lets some of its own errors escape (3.14: `http://[%]@/`)
@@ -181,6 +242,8 @@ class FrontProtocol(asyncio.Protocol):
         self._outstanding += 1
         self._arriving = True
         self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
+        self._repeatable = head.method == "POST" and _REPEATABLE.fullmatch(unquote(head.path)) is not None
+        self._request.clear()
         self._arm(BODY_TIMEOUT)
 
     def _hold(self, data: bytes) -> None:

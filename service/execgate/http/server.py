@@ -1,6 +1,7 @@
 """The HTTP application: routes, middlewares, and a front before each connection."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
@@ -12,7 +13,9 @@ from aiohttp import web
 from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
+from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import BACKLOG
+from execgate.http.takeover import OPEN_STREAMS
 from execgate.http.tree import Tree
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
 
@@ -30,9 +33,10 @@ _SHUTDOWN_TIMEOUT = 2.0
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
-def build_application(trees: Iterable[Tree]) -> web.Application:
-    """Return the application that serves these trees."""
+def build_application(trees: Iterable[Tree], streams: OpenStreams) -> web.Application:
+    """Return the application that serves these trees, and hijacks connections into `streams`."""
     app = web.Application(client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware])
+    app[OPEN_STREAMS] = streams
     for tree in trees:
         for method, path, handler in tree.routes():
             app.router.add_route(method, path, handler)
@@ -56,6 +60,8 @@ class HttpServer:
             shutdown_timeout=_SHUTDOWN_TIMEOUT,
         )
         self._servers: list[asyncio.Server] = []
+        self._fronts: set[FrontProtocol] = set()
+        self._changed = asyncio.Event()
 
     async def start(self, listeners: list[socket.socket]) -> None:
         """Accept connections from now on."""
@@ -75,6 +81,27 @@ class HttpServer:
         for server in self._servers:
             server.close()
 
+    async def hand_over(self) -> list[tuple[int, bytes]]:
+        """Stop reading, let answers that come soon be given, and return the connections that can go on elsewhere.
+
+        Each is a descriptor, the caller's, and what was read from it of requests that are still to be answered.
+        """
+        for front in self._fronts:
+            front.freeze()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SHUTDOWN_TIMEOUT):
+                while any(front.busy for front in self._fronts):
+                    self._changed.clear()
+                    await self._changed.wait()
+        return [found for front in self._fronts if (found := front.hand_over()) is not None]
+
+    async def adopt(self, fd: int, read: bytes) -> None:
+        """Go on with a connection that another server has handed over."""
+        loop = asyncio.get_running_loop()
+        _, front = await loop.connect_accepted_socket(self._new_connection, socket.socket(fileno=fd))
+        if read:
+            front.data_received(read)
+
     async def close(self) -> None:
         """End what is still open."""
         await self.stop_accepting()
@@ -92,7 +119,14 @@ class HttpServer:
             max_line_size=2 * MAX_REQUEST_LINE,
             max_field_size=2 * MAX_HEAD,
         )
-        return FrontProtocol(inner, max_body=MAX_BODY)
+        front = FrontProtocol(inner, max_body=MAX_BODY, told=self._told)
+        self._fronts.add(front)
+        return front
+
+    def _told(self, front: FrontProtocol) -> None:
+        if not front.open:
+            self._fronts.discard(front)
+        self._changed.set()
 
 
 class _Connection(web.RequestHandler):

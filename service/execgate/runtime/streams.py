@@ -53,7 +53,9 @@ class Output(Protocol):
 
 
 class Input(Protocol):
-    """Where the process's stdin goes in."""
+    """Where the process's stdin goes in. `written` counts the bytes that were accepted, also by a call that was cut."""
+
+    written: int
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`, waiting for room; InputClosed when nobody reads any more."""
@@ -136,12 +138,13 @@ class PipeOutput:
 class PipeInput:
     """The write end of the pipe that is the process's stdin. `ended` is called when it is closed."""
 
-    __slots__ = ("_bulk", "_ended", "_pipe", "_waiter")
+    __slots__ = ("_bulk", "_ended", "_pipe", "_waiter", "written")
 
     def __init__(self, pipe: Descriptor, ended: Callable[[], None] = lambda: None) -> None:
         os.set_blocking(pipe.fileno(), False)
         self._pipe = pipe
         self._ended = ended
+        self.written = 0
         self._waiter = WriteWaiter(pipe.fileno())
         self._bulk = False
 
@@ -152,7 +155,9 @@ class PipeInput:
             if not self._pipe:
                 raise InputClosed
             try:
-                view = view[os.write(self._pipe.fileno(), view) :]
+                count = os.write(self._pipe.fileno(), view)
+                self.written += count
+                view = view[count:]
             except BlockingIOError:
                 if not self._bulk:
                     self._bulk = True
@@ -219,13 +224,14 @@ class AttachOutput:
 class AttachInput:
     """The input half of conmon's attach socket. `blocked` says that conmon takes no more of it now."""
 
-    __slots__ = ("_closed", "_socket", "_waiter", "blocked")
+    __slots__ = ("_closed", "_socket", "_waiter", "blocked", "written")
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._waiter = WriteWaiter(connection.fileno())
         self._closed = False
         self.blocked = False
+        self.written = 0
 
     async def write(self, data: bytes) -> None:
         """See `Input.write`."""
@@ -243,6 +249,7 @@ class AttachInput:
             except OSError as error:  # EPIPE, ECONNRESET: conmon is gone
                 raise InputClosed from error
             else:
+                self.written += len(packet)
                 return
         raise InputClosed
 

@@ -55,6 +55,14 @@ class Chunk:
         return self.offset + len(self.data)
 
 
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a `MemoryBacklog` holds, between two services."""
+
+    end: int = 0
+    chunks: Sequence[Chunk] = ()
+
+
 class Backlog(ABC):
     """The output of one session, from `start` (what is older was dropped) to `end`; `finished`: no more will come."""
 
@@ -120,6 +128,16 @@ class MemoryBacklog(Backlog):
             if not self._readers:
                 self._chunks.clear()
                 self.start = self.end
+
+    def remembered(self) -> Remembered:
+        """Return what it holds."""
+        return Remembered(self.end, tuple(self._chunks))
+
+    def restore(self, before: Remembered) -> None:
+        """Hold what another one held."""
+        self._chunks = deque(before.chunks)
+        self.end = before.end
+        self.start = self._chunks[0].offset if self._chunks else self.end
 
     async def append(self, stream: int, data: bytes) -> None:
         """See `Backlog.append`."""

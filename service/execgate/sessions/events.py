@@ -6,7 +6,7 @@ it knows that it missed something.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 
 from execgate.model.events import Event
@@ -64,6 +64,10 @@ class EventBus:
     def past(self, since_ns: int) -> list[Event]:
         """Return what is remembered from `since_ns` (nanoseconds since the epoch) on."""
         return [event for event in self._history if event.time_ns >= since_ns]
+
+    def restore(self, events: Iterable[Event]) -> None:
+        """Remember what happened in an earlier service."""
+        self._history.extendleft(reversed(list(events)))
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:

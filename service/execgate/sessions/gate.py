@@ -22,6 +22,11 @@ class StartGate:
         self._free = asyncio.Semaphore(parallel)
         self._queued = queued
         self._waiting = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Give out no more turns: whoever waits for one, waits."""
+        self._closed = True
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Turn]:
@@ -33,6 +38,8 @@ class StartGate:
             await self._free.acquire()
         finally:
             self._waiting -= 1
+        if self._closed:
+            await asyncio.get_running_loop().create_future()
         turn = Turn()
         try:
             yield turn

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from execgate.model.config import ConsoleSize, OnDisconnect
@@ -20,12 +21,15 @@ from execgate.runtime.streams import ExecStreams
 from execgate.runtime.tree import ProcessTree
 from execgate.sessions.backlog import Backlog
 from execgate.sessions.ledger import Ledger
-from execgate.sessions.pump import Client, ClientGone, Departure, Lagging, Pump, Stdin, feed, replay
+from execgate.sessions.pump import Client, ClientGone, Departure, Feeder, Follower, Lagging, Pump, Stdin
 from execgate.wire import stdcopy
 
 log = logging.getLogger(__name__)
 
 BOTH = frozenset({stdcopy.STDOUT, stdcopy.STDERR})
+
+_REATTACH_GRACE = 60.0
+"""Seconds for which stdin stays open when the service that died has taken the client along."""
 
 
 class Execution(Protocol):
@@ -87,6 +91,45 @@ class AttachedClient(Client, Protocol):
         """Return once the client's stream is over."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """A client between two services.
+
+    `first`: it is the one that the process waits for; else it reads the backlog from `offset` on. `rest` is input that
+    is not written yet, `withheld` the beginning of a detach sequence; `stdin`: its input may still come.
+    """
+
+    client: AttachedClient
+    first: bool
+    stdin: bool
+    rest: bytes = b""
+    withheld: bytes = b""
+    offset: int = 0
+    wanted: frozenset[int] = BOTH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handed:
+    """A live session between two services: what is neither on record nor in a descriptor."""
+
+    attachments: Sequence[Attachment] = ()
+    transferred: ByteCounts = field(default_factory=ByteCounts)
+    timed_out: bool = False
+    stdin_ended: bool = False
+
+
+@dataclass(slots=True)
+class _Attached:
+    """A client that reads the backlog, and the tasks that serve it."""
+
+    client: AttachedClient
+    follower: Follower
+    feeder: Feeder
+    stdin: bool
+    forwarding: "asyncio.Future[None]"
+    feeding: "asyncio.Future[Departure | None]"
+
+
 class LiveSession:
     """A session that is being started or runs.
 
@@ -120,9 +163,16 @@ class LiveSession:
         self._pump: Pump | None = None
         self._clients = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._timers: list[asyncio.TimerHandle] = []
         self._timed_out = False
         self._exited: asyncio.Future[ExitStatus] | None = None
+        self._first: tuple[AttachedClient, Feeder | None] | None = None
+        self._attached: list[_Attached] = []
+        self._handed = Handed()  # by an earlier service
+        self._leaving = False
+        self._adopted = False
         self._chores: set[asyncio.Task[Any]] = set()
+        self._following: set[asyncio.Task[Any]] = set()  # those of them that serve clients of an earlier service
         self._kills: set[asyncio.Task[Any]] = set()  # those of them that end the process
 
     def __repr__(self) -> str:
@@ -134,15 +184,48 @@ class LiveSession:
         """Start the prepared execution in a task of its own; `begun` is told the outcome of the start."""
         self.task = asyncio.create_task(self._run(client, begun), name=f"exec {self.session.id[:12]}")
 
-    def adopt(self, execution: Adopted) -> None:
-        """Go on with a process that an earlier service started, or was about to start."""
+    def adopt(self, execution: Adopted, handed: Handed | None) -> None:
+        """Go on with a process that an earlier service started, or was about to start; None when that one crashed."""
         self.execution = execution
+        self._handed, self._adopted = handed or Handed(), True
+        self._timed_out = self._handed.timed_out
+        first = next((one.client for one in self._handed.attachments if one.first), None)
         if execution.starting:
-            self.run(None)
-            return
-        self.started = True
-        self._settle()
-        self.task = asyncio.create_task(self._attend(None), name=f"adopted exec {self.session.id[:12]}")
+            self.run(first)
+        else:
+            self.started = True
+            self._settle()
+            self.task = asyncio.create_task(self._attend(first), name=f"adopted exec {self.session.id[:12]}")
+        for one in self._handed.attachments:
+            if not one.first:
+                self._do(self._follow_again(one), self._following)
+        if handed is None and self.session.config.on_disconnect is OnDisconnect.DOCKER:
+            self._timers.append(asyncio.get_running_loop().call_later(_REATTACH_GRACE, self._nobody_came))
+
+    async def hand_over(self) -> Handed:
+        """Stop without an end, and return where everything stands. Nothing is closed: it is the next service's."""
+        self._leaving = True
+        self.stdin.freeze()
+        tasks = [task for task in (self.task, *(self._chores - self._following)) if task is not None]
+        served: list[asyncio.Future[Any]] = [task for one in self._attached for task in (one.forwarding, one.feeding)]
+        for task in (*tasks, *served):
+            task.cancel()
+        await asyncio.gather(*tasks, *served, return_exceptions=True)
+        for timer in self._timers:
+            timer.cancel()
+        return Handed(
+            attachments=[*self._first_attachment(), *map(_attachment, self._attached)],
+            transferred=self.transferred,
+            timed_out=self._timed_out,
+            stdin_ended=self.started and not self.stdin.open,
+        )
+
+    def _first_attachment(self) -> list[Attachment]:
+        if self._first is None:
+            return []
+        client, feeder = self._first
+        rest, withheld = (feeder.rest, feeder.withheld) if feeder is not None else (b"", b"")
+        return [Attachment(client=client, first=True, stdin=True, rest=rest, withheld=withheld)]
 
     async def undo(self) -> None:
         """The client left, or could not be taken over, before anything ran."""
@@ -198,42 +281,81 @@ class LiveSession:
             await asyncio.wait([self._exited], timeout=grace)
         await tree.kill(self._monitor())
 
-    async def attach(self, client: AttachedClient, offset: int, *, stdin: bool, wanted: frozenset[int]) -> None:
-        """Serve one more client, from `offset` of the backlog on; return when its stream is over."""
+    async def attach(
+        self,
+        client: AttachedClient,
+        offset: int,
+        *,
+        stdin: bool,
+        wanted: frozenset[int],
+        rest: bytes = b"",
+        withheld: bytes = b"",
+    ) -> None:
+        """Serve one more client, from `offset` of the backlog on; return when its stream is over.
+
+        `rest` and `withheld` are input that an earlier service has left.
+        """
         self._clients += 1
-        message, departure = "", None
         keys = self.session.config.detach_keys if self.session.config.tty else b""
-        forwarding = asyncio.ensure_future(replay(self.backlog, offset, client, wanted))
-        feeding = asyncio.ensure_future(feed(client, self.stdin if stdin else Stdin(None), keys))
-        closed = asyncio.ensure_future(client.wait_closed())
+        follower = Follower(self.backlog, client, offset, wanted)
+        feeder = Feeder(client, self.stdin if stdin else Stdin(None), keys, rest=rest, withheld=withheld)
+        one = _Attached(
+            client, follower, feeder, stdin, asyncio.ensure_future(follower.run()), asyncio.ensure_future(feeder.run())
+        )
+        self._attached.append(one)
         try:
-            await asyncio.wait([forwarding, feeding, closed], return_when=asyncio.FIRST_COMPLETED)
-            if feeding.done():
-                departure = feeding.result()
-            if departure is None:  # its input may be over, which says nothing of the output
-                await asyncio.wait([forwarding, closed], return_when=asyncio.FIRST_COMPLETED)
-                departure = forwarding.result() if forwarding.done() else Departure.GONE
-        except ClientGone:
-            departure = Departure.GONE
-        except Lagging:
-            message = "output was dropped: this client reads too slowly"
+            message, departure = await self._serve(one)
         except asyncio.CancelledError:
+            if self._leaving:  # nothing more happens here: the next service goes on
+                await asyncio.get_running_loop().create_future()
+            self._attached.remove(one)
+            self._left(None)
             client.abandon()
             raise
-        finally:
-            await _end_all(forwarding, feeding, closed)
-            self._left(departure)
+        self._attached.remove(one)
+        self._left(departure)
         await client.finish(message)
+
+    async def _serve(self, one: _Attached) -> tuple[str, Departure | None]:
+        """Return what is to be told a client at its end, and why it left, if it did."""
+        closed: asyncio.Future[Any] = asyncio.ensure_future(one.client.wait_closed())
+        departure = None
+        try:
+            waited: list[asyncio.Future[Any]] = [one.forwarding, one.feeding, closed]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if one.feeding.done():
+                departure = one.feeding.result()
+            if departure is None:  # its input may be over, which says nothing of the output
+                await asyncio.wait([one.forwarding, closed], return_when=asyncio.FIRST_COMPLETED)
+                if not one.forwarding.done():
+                    return "", Departure.GONE
+                one.forwarding.result()
+        except ClientGone:
+            return "", Departure.GONE
+        except Lagging:
+            return "output was dropped: this client reads too slowly", None
+        finally:
+            await _end_all(one.forwarding, one.feeding, closed)
+        return "", departure
+
+    async def _follow_again(self, one: Attachment) -> None:
+        """Serve a client that an earlier service has served."""
+        with self.backlog.reader():
+            await self.attach(
+                one.client, one.offset, stdin=one.stdin, wanted=one.wanted, rest=one.rest, withheld=one.withheld
+            )
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     async def _run(self, client: AttachedClient | None, begun: "asyncio.Future[ExecSession] | None") -> None:
+        self._first = None if client is None else (client, None)
         self._ledger.tell(f"exec_start: {' '.join(self.session.config.args)}", self.session)
         try:
             await self._begin()
         except asyncio.CancelledError:
-            _tell(begun, Unavailable("the service stops"))
-            self._let_go(client)
+            if not self._leaving:
+                _tell(begun, Unavailable("the service stops"))
+                self._let_go(client)
             raise
         except Exception as error:
             known = error if isinstance(error, ExecgateError) else self._unforeseen(error)
@@ -269,7 +391,8 @@ class LiveSession:
         try:
             self._end(await self._deliver(client))
         except asyncio.CancelledError:  # the service stops; the process does not
-            self._let_go(client)
+            if not self._leaving:
+                self._let_go(client)
             raise
         except Exception as error:
             message = self._unforeseen(error).message
@@ -289,16 +412,16 @@ class LiveSession:
         self.stdin = Stdin(execution.streams.input)
         captured = {stdcopy.STDOUT: config.capture_stdout, stdcopy.STDERR: config.capture_stderr}
         kept = frozenset(stream for stream, wanted in captured.items() if wanted) or BOTH
-        self._pump = Pump(execution.streams, self.stdin, self.backlog, captured=BOTH if config.tty else kept)
+        self._pump = Pump(
+            execution.streams,
+            self.stdin,
+            self.backlog,
+            captured=BOTH if config.tty else kept,
+            transferred=self._handed.transferred,
+        )
         if client is not None:
-            self._clients += 1
-            self._pump.join(
-                client,
-                wanted=self._attached_outputs(),
-                detach_keys=config.detach_keys if config.tty else b"",
-                left=lambda departure: self._first_client_left(client, departure),
-            )
-        elif config.on_disconnect is not OnDisconnect.KEEP:
+            self._join(client, self._pump)
+        elif self._handed.stdin_ended or (not self._adopted and config.on_disconnect is not OnDisconnect.KEEP):
             self.stdin.close()
         self._exited = asyncio.ensure_future(execution.wait())
         self._exited.add_done_callback(self._sweep_up)
@@ -314,6 +437,26 @@ class LiveSession:
                 self._timer.cancel()
             await _end_all(self._exited, *([watching] if watching is not None else []))
 
+    def _join(self, client: AttachedClient, pump: Pump) -> None:
+        """Let the process wait for its first client, and get its input."""
+        self._clients += 1
+        config = self.session.config
+        rest, withheld = next(((one.rest, one.withheld) for one in self._handed.attachments if one.first), (b"", b""))
+        keys = config.detach_keys if config.tty else b""
+        feeder = Feeder(client, self.stdin, keys, rest=rest, withheld=withheld)
+        self._first = (client, feeder)
+        pump.join(
+            client,
+            feeder,
+            wanted=self._attached_outputs(),
+            left=lambda departure: self._first_client_left(client, departure),
+        )
+
+    def _nobody_came(self) -> None:
+        """End the stdin of a process whose client was lost with an earlier service and has not come back."""
+        if not self._clients:
+            self.stdin.close()
+
     async def _watch(self, client: AttachedClient, pump: Pump) -> None:
         """Notice that the first client is gone although nothing is sent to it, and its input was over before."""
         await client.wait_closed()
@@ -327,6 +470,7 @@ class LiveSession:
         return frozenset(stream for stream, is_wanted in wanted.items() if is_wanted)
 
     def _first_client_left(self, client: AttachedClient, departure: Departure) -> None:
+        self._first = None
         self._left(departure)
         self._do(client.finish())
 
@@ -420,6 +564,18 @@ class LiveSession:
         """Log what nobody planned for, and return what the client may know of it."""
         log.error("exec %s in %s failed", self.session.id[:12], self.session.container.name, exc_info=error)
         return Internal("internal error; the service's log has the details")
+
+
+def _attachment(one: _Attached) -> Attachment:
+    return Attachment(
+        client=one.client,
+        first=False,
+        stdin=one.stdin,
+        rest=one.feeder.rest,
+        withheld=one.feeder.withheld,
+        offset=one.follower.offset,
+        wanted=one.follower.wanted,
+    )
 
 
 async def _end_all(*tasks: "asyncio.Future[Any]") -> None:

@@ -33,11 +33,11 @@ from execgate.model.session import ByteCounts, ExecSession, SessionState
 from execgate.oci.process import build_process, validate_config
 from execgate.oci.users import container_user, resolve_user
 from execgate.runtime.conmon import ExecRequest
-from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog
+from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
 from execgate.sessions.ledger import Ledger
-from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, LiveSession
+from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, Handed, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,14 @@ class Limits:
     parallel_starts: int = 64
     queued_starts: int = 2_000
     capture: int = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class HandedSession:
+    """What one service leaves to the next of a session that runs."""
+
+    live: Handed
+    output: Remembered
 
 
 class AlreadyStarted(Conflict):
@@ -368,20 +376,45 @@ class SessionManager:
             removed.append(session.id)
         return removed
 
-    async def recover(self) -> int:
+    async def recover(self, handed: Mapping[SessionId, HandedSession] | None = None) -> int:
         """Take back the sessions that ran when an earlier service ended; return how many.
 
-        Their clients are gone. What they write is captured if it was, and else thrown away; their exit codes are kept.
+        `handed` is what that one had time to say of them: then their clients are still there. Else these are gone, what
+        the sessions write is captured if it was, and else thrown away. Their exit codes are kept either way.
         """
+        handed = handed or {}
         adopted = [session for session in self._ledger.all() if session.running]
         for session in adopted:
+            before = handed.get(session.id)
             backlog = await self._captured(session) if session.config.captured else MemoryBacklog()
             backlog.finished = False
+            if before is not None and isinstance(backlog, MemoryBacklog):
+                backlog.restore(before.output)
             execution = self._runtime.adopt(session)
-            self._new_live(self._known_to_run(session, execution), backlog).adopt(execution)
+            live = self._new_live(self._known_to_run(session, execution), backlog)
+            live.adopt(execution, before.live if before is not None else None)
         self._clear_away()
         self._remove_strays()
         return len(adopted)
+
+    async def hand_over(self) -> dict[SessionId, HandedSession]:
+        """Stop everything as it stands, and return what the next service needs to know of the running sessions."""
+        await self.settle()
+        lives = list(self._live.values())
+        ending = {live.task for live in self._ending if live.task is not None}
+        handed = await asyncio.gather(*[live.hand_over() for live in lives])
+        if ending:
+            await asyncio.wait(ending, timeout=_END_GRACE)
+        return {
+            live.session.id: HandedSession(
+                one, live.backlog.remembered() if isinstance(live.backlog, MemoryBacklog) else Remembered()
+            )
+            for live, one in zip(lives, handed, strict=True)
+        }
+
+    def close_gate(self) -> None:
+        """Let no more starts begin: those that wait are for the next service."""
+        self._gate.close()
 
     async def settle(self) -> None:
         """Let starts that are under way come to their outcome, for a moment."""

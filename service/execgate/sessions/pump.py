@@ -33,7 +33,7 @@ class Client(Protocol):
     """The far side of an attached session. A hijacked connection is one."""
 
     async def send(self, stream: int, data: bytes) -> None:
-        """Accept output (1 stdout, 2 stderr), waiting until there is room; ClientGone."""
+        """Accept output (1 stdout, 2 stderr) at once, then wait until there is room for more; ClientGone."""
 
     async def receive(self) -> bytes:
         """Return input, b"" for its end; ClientGone."""
@@ -50,6 +50,14 @@ class Lagging(Exception):
     """A reader of the backlog was so slow that what it would have read next was dropped."""
 
 
+class Interrupted(asyncio.CancelledError):
+    """A write was cancelled; `rest` is what was not written."""
+
+    def __init__(self, rest: bytes) -> None:
+        super().__init__()
+        self.rest = rest
+
+
 class Stdin:
     """The process's stdin, for all who may write to it. What nobody reads is thrown away and blocks no writer."""
 
@@ -57,6 +65,7 @@ class Stdin:
         self._target = target
         self._turn = asyncio.Lock()
         self._ended = target is None
+        self._frozen = False
         self.written = 0
 
     @property
@@ -65,20 +74,28 @@ class Stdin:
         return not self._ended
 
     async def write(self, data: bytes) -> None:
-        """Write all of `data`, waiting for room and for one's turn."""
+        """Write all of `data`, waiting for room and for one's turn. Interrupted, when it is cancelled in the middle."""
         if not data:
             return
         async with self._turn:
-            if self._ended or self._target is None:
+            target = self._target
+            if self._ended or target is None:
                 return
+            before = target.written
             try:
-                await self._target.write(data)
-                self.written += len(data)
+                await target.write(data)
             except InputClosed:
                 self._target, self._ended = None, True
+            except asyncio.CancelledError as error:
+                raise Interrupted(data[target.written - before :]) from error
             finally:
+                self.written += target.written - before
                 if self._ended:
                     self._end()
+
+    def freeze(self) -> None:
+        """Let the next service decide when it ends."""
+        self._frozen = True
 
     def close(self) -> None:
         """End it, for everybody, behind what is being written now."""
@@ -87,6 +104,8 @@ class Stdin:
             self._end()
 
     def _end(self) -> None:
+        if self._frozen:
+            return
         target, self._target = self._target, None
         if target is not None:
             target.close()
@@ -95,11 +114,18 @@ class Stdin:
 class Pump:
     """One session's streams, until all output is delivered.
 
-    `streams` says which output the first client gets, `captured` which the backlog gets; `left` is called once, when
-    that client goes before the end.
+    `captured` says which output the backlog gets, `transferred` what an earlier service has moved.
     """
 
-    def __init__(self, streams: ExecStreams, stdin: Stdin, backlog: Backlog, *, captured: frozenset[int]) -> None:
+    def __init__(
+        self,
+        streams: ExecStreams,
+        stdin: Stdin,
+        backlog: Backlog,
+        *,
+        captured: frozenset[int],
+        transferred: ByteCounts | None = None,
+    ) -> None:
         self._outputs = streams.outputs
         self._stdin = stdin
         self._backlog = backlog
@@ -108,19 +134,21 @@ class Pump:
         self._wanted: frozenset[int] = frozenset()
         self._left: Callable[[Departure], None] = lambda _: None
         self._feeding: asyncio.Task[None] | None = None
-        self._count = {stdcopy.STDOUT: 0, stdcopy.STDERR: 0}
+        transferred = transferred or ByteCounts()
+        self._before = transferred.stdin
+        self._count = {stdcopy.STDOUT: transferred.stdout, stdcopy.STDERR: transferred.stderr}
 
     @property
     def transferred(self) -> ByteCounts:
         """What has passed so far."""
-        return ByteCounts(self._stdin.written, self._count[stdcopy.STDOUT], self._count[stdcopy.STDERR])
+        return ByteCounts(self._before + self._stdin.written, self._count[stdcopy.STDOUT], self._count[stdcopy.STDERR])
 
     def join(
-        self, client: Client, *, wanted: frozenset[int], detach_keys: bytes, left: Callable[[Departure], None]
+        self, client: Client, feeder: "Feeder", *, wanted: frozenset[int], left: Callable[[Departure], None]
     ) -> None:
-        """Take the client that the process waits for; before `run`."""
+        """Take the client that the process waits for, and what carries its input; before `run`."""
         self._client, self._wanted, self._left = client, wanted, left
-        self._feeding = asyncio.ensure_future(self._feed(client, detach_keys))
+        self._feeding = asyncio.ensure_future(self._feed(feeder))
 
     async def run(self, exited: asyncio.Future[Any], drain: float) -> None:
         """Pump until the process has ended and every output too, at most `drain` seconds after `exited` is done."""
@@ -172,8 +200,8 @@ class Pump:
             await asyncio.wait([keeping])
             raise
 
-    async def _feed(self, client: Client, detach_keys: bytes) -> None:
-        if (departure := await feed(client, self._stdin, detach_keys)) is not None:
+    async def _feed(self, feeder: "Feeder") -> None:
+        if (departure := await feeder.run()) is not None:
             self._leave(departure)
 
     def _cut(self) -> None:
@@ -186,28 +214,69 @@ class Pump:
             self._left(departure)
 
 
-async def feed(client: Client, stdin: Stdin, detach_keys: bytes) -> Departure | None:
-    """Carry a client's input to the process until it ends, and then the end; else return why the client left."""
-    keys = DetachFilter(detach_keys)
-    try:
-        while data := await client.receive():
-            data, detach = keys.feed(data)
-            await stdin.write(data)
-            if detach:
-                return Departure.DETACHED
-        await stdin.write(keys.flush())
-    except ClientGone:
-        return Departure.GONE
-    stdin.close()
-    return None
+class Feeder:
+    """Carries a client's input to the process until it ends, and then the end.
+
+    `rest` is what was received and not written yet: with what the detach keys withhold it is all that is between the
+    two when a feeder is cancelled, and a new one goes on with it.
+    """
+
+    def __init__(
+        self, client: Client, stdin: Stdin, detach_keys: bytes, *, rest: bytes = b"", withheld: bytes = b""
+    ) -> None:
+        self.rest = rest
+        self._client = client
+        self._stdin = stdin
+        self._keys = DetachFilter(detach_keys, withheld)
+
+    @property
+    def withheld(self) -> bytes:
+        """The beginning of a detach sequence that the client may be typing."""
+        return self._keys.withheld
+
+    async def run(self) -> Departure | None:
+        """Return when the input has ended, or else why the client left."""
+        try:
+            await self._write(self.rest)
+            while data := await self._client.receive():
+                data, detach = self._keys.feed(data)
+                await self._write(data)
+                if detach:
+                    return Departure.DETACHED
+            await self._write(self._keys.flush())
+        except ClientGone:
+            return Departure.GONE
+        self._stdin.close()
+        return None
+
+    async def _write(self, data: bytes) -> None:
+        self.rest = data
+        try:
+            await self._stdin.write(data)
+        except Interrupted as error:
+            self.rest = error.rest
+            raise
+        self.rest = b""
 
 
-async def replay(backlog: Backlog, offset: int, client: Client, wanted: frozenset[int]) -> None:
-    """Send a client what the backlog holds from `offset` on, and then what comes, to the end. ClientGone, Lagging."""
-    while chunks := await backlog.read(offset):
-        for chunk in chunks:
-            if chunk.offset > offset:
-                raise Lagging
-            if chunk.stream in wanted:
-                await client.send(chunk.stream, chunk.data)
-            offset = chunk.end
+class Follower:
+    """Sends a client what the backlog holds from `offset` on, and then what comes, to the end.
+
+    When it is cancelled `offset` is where a new one goes on: behind what the client has accepted.
+    """
+
+    def __init__(self, backlog: Backlog, client: Client, offset: int, wanted: frozenset[int]) -> None:
+        self.offset = offset
+        self.wanted = wanted
+        self._backlog = backlog
+        self._client = client
+
+    async def run(self) -> None:
+        """Return at the end of the output. ClientGone, Lagging."""
+        while chunks := await self._backlog.read(self.offset):
+            for chunk in chunks:
+                if chunk.offset > self.offset:
+                    raise Lagging
+                self.offset = chunk.end  # before it is sent: it is accepted at once, and cannot be sent twice
+                if chunk.stream in self.wanted:
+                    await self._client.send(chunk.stream, chunk.data)

@@ -61,14 +61,19 @@ class DetachFilter:
     `abc`, reads `a` and `bx`), bytes are passed on twice.
     """
 
-    def __init__(self, keys: bytes) -> None:
-        """Watch for `keys`; none of them (`b""`) means that nothing detaches."""
+    def __init__(self, keys: bytes, withheld: bytes = b"") -> None:
+        """Watch for `keys`; none of them (`b""`) means that nothing detaches. Go on from what another withheld."""
         self._keys = keys
-        self._withheld = b""
+        self._withheld = withheld
         self._detached = False
 
     def __repr__(self) -> str:
         return f"<DetachFilter keys={self._keys!r} withheld={len(self._withheld)} detached={self._detached}>"
+
+    @property
+    def withheld(self) -> bytes:
+        """The beginning of the sequence that waits for its end."""
+        return self._withheld
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
         """Return `(bytes to pass on, whether the sequence was seen)`.

@@ -55,6 +55,7 @@ class EventRoutes:
         until: int | None,
     ) -> None:
         """Write what happens until `until`, the client's leaving, or the end of the service."""
+        front_of(request).patient = True
         left = asyncio.ensure_future(front_of(request).client_left())
         left.add_done_callback(lambda _: subscription.close())
         try:

@@ -19,7 +19,8 @@ from execgate.http.bodies import RunBody, read_body
 from execgate.http.dialects import MULTIPLEXED_STREAM, RAW_STREAM, Dialect
 from execgate.http.filters import parse_filters
 from execgate.http.front import front_of
-from execgate.http.hijack import HijackedStream, hung_up
+from execgate.http.hang_ups import hung_up
+from execgate.http.hijack import HijackedStream
 from execgate.http.query import flag
 from execgate.http.routes.execs import exec_config
 from execgate.http.takeover import AlreadyAnswered, hijack
@@ -91,6 +92,7 @@ class SessionRoutes:
         text = request.query.get("t", "")
         if text and not _SECONDS.fullmatch(text):
             raise InvalidArgument(f'invalid value of t "{text[:64]}": not a number of seconds')
+        front_of(request).patient = True
         await self._manager.stop(request.match_info["id"], float(text) if text else None)
         return web.Response(status=204)
 
@@ -278,6 +280,7 @@ async def _unless_gone(request: web.Request, work: "asyncio.Future[Any]") -> boo
 
     A half-close is not going: on a unix socket the kernel tells the two apart (POLLHUP), over TCP nothing does.
     """
+    front_of(request).patient = True
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)

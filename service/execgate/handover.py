@@ -1,0 +1,169 @@
+"""What one service tells the next in a graceful reload: clients stay connected, and no byte is lost or sent twice.
+
+Descriptors go through the keeper, each under a name of its own. What belongs to them is one document, JSON in a memfd
+that goes the same way: the position of each hijacked connection in its streams, input that is on its way to a process,
+output that watchers have not read, connections between two requests, the last events.
+
+A document that cannot be understood, because the next service is of another version, costs the clients their
+connections and nothing else: the sessions are taken back from their records as after a crash.
+"""
+
+import base64
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from execgate.http.hijack import HijackedStream, OpenStreams, StreamState
+from execgate.keeper.protocol import ONCE, close_all
+from execgate.model.events import Event
+from execgate.model.ids import SessionId, parse_session_id
+from execgate.model.session import ByteCounts
+from execgate.sessions.backlog import Chunk, Remembered
+from execgate.sessions.live import Attachment, Handed
+from execgate.sessions.manager import HandedSession
+from execgate.worker import KeeperLink
+
+log = logging.getLogger(__name__)
+
+_VERSION = 1
+_DOCUMENT = f"{ONCE}document"
+
+
+@dataclass(slots=True)
+class Connection:
+    """An HTTP connection between two requests, or within one that has had no effect: what of it was read already."""
+
+    fd: int
+    read: bytes
+
+
+@dataclass(slots=True)
+class Handover:
+    """Everything, as the next service has it in its hands."""
+
+    sessions: dict[SessionId, HandedSession] = field(default_factory=dict)
+    connections: list[Connection] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+
+def give(
+    link: KeeperLink,
+    streams: OpenStreams,
+    sessions: Mapping[SessionId, HandedSession],
+    connections: Iterable[Connection],
+    events: Iterable[Event],
+) -> None:
+    """Leave everything with the keeper. From here on this service touches none of it."""
+    fds: dict[str, int] = {}
+
+    def stored(fd: int) -> str:
+        name = f"{ONCE}{len(fds)}"
+        fds[name] = fd
+        return name
+
+    told = {id(stream): found for stream in streams if (found := stream.hand_over()) is not None}
+    shown = {key: {"fd": stored(fd), "state": asdict(state)} for key, (fd, state) in told.items()}
+    document: dict[str, Any] = {
+        "version": _VERSION,
+        "sessions": {session_id: _session(handed, shown) for session_id, handed in sessions.items()},
+        "connections": [{"fd": stored(one.fd), "read": one.read} for one in connections],
+        "events": [asdict(event) for event in events],
+    }
+    document["farewells"] = list(shown.values())  # the sessions have taken theirs out
+    memory = os.memfd_create("handover", os.MFD_CLOEXEC)
+    with os.fdopen(memory, "wb") as file:
+        file.write(json.dumps(document, default=_encoded).encode())
+        file.flush()
+        link.keep({_DOCUMENT: file.fileno(), **fds})
+    close_all(fds.values())
+
+
+def take(link: KeeperLink, streams: OpenStreams) -> Handover | None:
+    """Take everything that an earlier service has left; None when it had no time to."""
+    fd = link.take(_DOCUMENT)
+    if fd is None:
+        return None
+    fds = link.take_all(ONCE)
+    with os.fdopen(fd, "rb") as file:
+        file.seek(0)
+        text = file.read()
+    found = Handover()
+    try:
+        document = json.loads(text, object_hook=_decoded)
+        if document["version"] != _VERSION:
+            raise ValueError(f"version {document['version']}")
+        for session_id, fields in document["sessions"].items():
+            if (known := parse_session_id(session_id)) is not None:
+                found.sessions[known] = _restored(fields, fds, streams)
+        for fields in document["farewells"]:
+            _stream(fields, fds, streams)
+        found.connections = [Connection(fds.pop(one["fd"]), one["read"]) for one in document["connections"]]
+        found.events = [Event(**fields) for fields in document["events"]]
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        log.error("what the service before this one has left cannot be understood: %r", error)
+    close_all(fds.values())
+    return found
+
+
+def _session(handed: HandedSession, shown: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    live = handed.live
+    return {
+        "attachments": [
+            {
+                "stream": stream,
+                "first": one.first,
+                "stdin": one.stdin,
+                "rest": bytes(one.rest),
+                "withheld": one.withheld,
+                "offset": one.offset,
+                "wanted": sorted(one.wanted),
+            }
+            for one in live.attachments
+            if (stream := shown.pop(id(one.client), None)) is not None
+        ],
+        "transferred": asdict(live.transferred),
+        "timed_out": live.timed_out,
+        "stdin_ended": live.stdin_ended,
+        "output": {"end": handed.output.end, "chunks": [asdict(chunk) for chunk in handed.output.chunks]},
+    }
+
+
+def _restored(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HandedSession:
+    attachments = [
+        Attachment(
+            client=_stream(one["stream"], fds, streams),
+            first=one["first"],
+            stdin=one["stdin"],
+            rest=one["rest"],
+            withheld=one["withheld"],
+            offset=one["offset"],
+            wanted=frozenset(one["wanted"]),
+        )
+        for one in fields["attachments"]
+    ]
+    live = Handed(
+        attachments=attachments,
+        transferred=ByteCounts(**fields["transferred"]),
+        timed_out=fields["timed_out"],
+        stdin_ended=fields["stdin_ended"],
+    )
+    chunks = tuple(Chunk(**chunk) for chunk in fields["output"]["chunks"])
+    return HandedSession(live, Remembered(fields["output"]["end"], chunks))
+
+
+def _stream(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HijackedStream:
+    return HijackedStream(socket.socket(fileno=fds.pop(fields["fd"])), StreamState(**fields["state"]), streams)
+
+
+def _encoded(value: object) -> object:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {"base64": base64.b64encode(value).decode("ascii")}
+    raise TypeError(f"{type(value)} cannot be handed over")
+
+
+def _decoded(fields: dict[str, Any]) -> object:
+    return base64.b64decode(fields["base64"]) if fields.keys() == {"base64"} else fields
