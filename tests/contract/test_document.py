@@ -9,6 +9,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from contract.document import Document
 from execgate import __version__
 from execgate.http.dialects import DOCKER, LIBPOD, dotted
+from execgate.http.hijack import OpenStreams
 from execgate.http.routes import all_trees
 from execgate.http.server import MAX_BODY, build_application
 from execgate.wire.request_head import MAX_FIELDS, MAX_HEAD, MAX_REQUEST_LINE
@@ -30,7 +31,7 @@ def test_it_has_the_version_and_the_licence_of_the_package() -> None:
 
 
 def _routes() -> list[tuple[str, str]]:
-    app = build_application(all_trees(catalog=NOTHING, manager=NOTHING, events=NOTHING, top=NOTHING))
+    app = build_application(all_trees(catalog=NOTHING, manager=NOTHING, events=NOTHING, top=NOTHING), OpenStreams())
     return [
         (route.method, route.resource.get_info().get("formatter") or route.resource.canonical)
         for route in app.router.routes()

@@ -13,14 +13,16 @@ PACKAGE = Path(execgate.__file__).parent
 
 # The top first. Modules of one floor may import each other; oci and wire are side by side.
 FLOORS = [
-    {"__main__", "cli", "app", "engine", "client", "config", "logs", "rootless", "systemd", ""},
+    {
+        "__main__", "cli", "app", "engine", "client", "config", "handover", "logs", "rootless", "status", "worker", "",
+    },
     {"http"},
     {"sessions"},
     {"runtime"},
     {"containers"},
-    {"oci", "wire"},
+    {"oci", "wire", "keeper"},
     {"model"},
-]
+]  # fmt: skip
 PURE = {"model", "oci", "wire"}
 IMPURE_MODULES = {
     "aiohttp", "asyncio", "concurrent", "ctypes", "fcntl", "io", "logging", "multiprocessing", "os", "pydantic",

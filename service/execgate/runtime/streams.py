@@ -53,9 +53,11 @@ class Output(Protocol):
 
 
 class Input(Protocol):
-    """Where the process's stdin goes in. `written` counts the bytes that were accepted, also by a call that was cut."""
+    """Where the process's stdin goes in."""
 
-    written: int
+    @property
+    def written(self) -> int:
+        """How many bytes were accepted so far, those of a call that was cancelled included."""
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`, waiting for room; InputClosed when nobody reads any more."""

@@ -12,7 +12,6 @@ import pytest
 from execgate.http import listeners
 from execgate.http.listeners import (
     Address,
-    inherited_listeners,
     open_listener,
     parse_address,
     remove_socket_file,
@@ -170,19 +169,3 @@ def test_a_port_that_is_taken() -> None:
         taken.listen()
         with pytest.raises(Conflict, match="in use"):
             open_listener(Address(host="127.0.0.1", port=taken.getsockname()[1]), mode=0o600, group="")
-
-
-@pytest.mark.parametrize(
-    ("variables"),
-    [{}, {"LISTEN_FDS": "1"}, {"LISTEN_FDS": "1", "LISTEN_PID": "1"}, {"LISTEN_FDS": "²", "LISTEN_PID": "me"},
-     {"LISTEN_FDS": "-1", "LISTEN_PID": "me"},
-     {"LISTEN_FDS": "", "LISTEN_PID": "me"}, {"LISTEN_FDS": "0", "LISTEN_PID": "me"}],
-)  # fmt: skip
-def test_nothing_is_inherited(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    """And whatever was said is said to nobody else."""
-    for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {**variables, "LISTEN_FDNAMES": "x"}.items():
-        monkeypatch.setenv(name, str(os.getpid()) if value == "me" else value)
-    assert inherited_listeners() == []
-    assert not [name for name in os.environ if name.startswith("LISTEN_")]

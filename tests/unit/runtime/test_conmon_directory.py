@@ -14,6 +14,7 @@ from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus
 from execgate.runtime import conmon
 from execgate.runtime.conmon import AdoptedExec, ConmonRuntime, session_directory
+from execgate.runtime.fdstore import NoFdStore
 from execgate.runtime.tree import SessionCgroups
 from support.records import new_session
 
@@ -62,7 +63,7 @@ async def test_how_it_ended_while_no_service_ran(
     """conmon writes -1 for one that it ended itself, and for one whose end it did not see: time tells them apart."""
     session = replace(new_session(timeout=timeout), process=GONE, started_at=time.time() - ago)
     directory = directory_of(tmp_path, session, code=code)
-    adopted = AdoptedExec(directory, session, SessionCgroups(None))
+    adopted = AdoptedExec(directory, session, SessionCgroups(None), NoFdStore(), 1.0)
     assert await adopted.wait() == expected
     await adopted.dispose()
     assert not directory.exists()
@@ -83,7 +84,11 @@ def test_a_sweep_removes_what_nobody_has(tmp_path: Path) -> None:
         directory_of(tmp_path, alive, pid=process.pid)
         (session_directory(tmp_path, new_session_id())).mkdir()
         runtime = ConmonRuntime(
-            conmon=Path("/bin/false"), directory=tmp_path, start_timeout=1, cgroups=SessionCgroups(None)
+            conmon=Path("/bin/false"),
+            directory=tmp_path,
+            start_timeout=1,
+            cgroups=SessionCgroups(None),
+            store=NoFdStore(),
         )
         runtime.sweep({known.id})
         assert sorted(os.listdir(tmp_path)) == sorted([known.id[:32], alive.id[:32]])

@@ -77,6 +77,10 @@ class FakeInput:
         self.got = b""
         self.closed = asyncio.Event()
 
+    @property
+    def written(self) -> int:
+        return len(self.got)
+
     async def write(self, data: bytes) -> None:
         self.got += data
 
@@ -85,6 +89,9 @@ class FakeInput:
 
 
 class FakeExecution:
+    process: ProcessIdentity | None = PROCESS
+    starting = False
+
     def __init__(self) -> None:
         self.output, self.input = FakeOutput(), FakeInput()
         self.streams = ExecStreams(outputs=(self.output,), input=self.input)
@@ -404,7 +411,7 @@ async def adopted(stage: Stage, status: ExitStatus | None) -> tuple[ExecSession,
     execution = FakeExecution()
     if status is not None:
         execution.end(status.code, status.source)
-    live.adopt(execution)
+    live.adopt(execution, None)
     assert isinstance(execution.tree, FakeTree)
     return await stage.ended(live), execution.tree
 

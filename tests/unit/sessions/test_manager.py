@@ -61,6 +61,8 @@ class FakeContainers:
 
 
 class FakeExecution:
+    starting = False
+
     """A process that starts and ends when the test says so."""
 
     def __init__(self, said: list[str]) -> None:

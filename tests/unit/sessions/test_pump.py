@@ -8,7 +8,7 @@ import pytest
 from execgate.model.session import ByteCounts, ExitSource, ExitStatus
 from execgate.runtime.streams import ExecStreams, InputClosed
 from execgate.sessions.backlog import Backlog, Chunk, MemoryBacklog
-from execgate.sessions.pump import ClientGone, Departure, Pump, Stdin
+from execgate.sessions.pump import ClientGone, Departure, Feeder, Pump, Stdin
 
 CTRL_P_CTRL_Q = b"\x10\x11"
 SOON = 2.0
@@ -48,6 +48,10 @@ class FakeInput:
         self.got = bytearray()
         self.closed = asyncio.Event()
         self._takes = takes
+
+    @property
+    def written(self) -> int:
+        return len(self.got)
 
     async def write(self, data: bytes) -> None:
         assert data, "an empty write would be an end of file"
@@ -125,7 +129,8 @@ class Pumped:
 
     async def run(self, exited: "asyncio.Future[ExitStatus]", drain: float) -> None:
         if self._client is not None:
-            self.pump.join(self._client, wanted=self._wanted, detach_keys=self._keys, left=self._left)
+            feeder = Feeder(self._client, self.stdin, self._keys)
+            self.pump.join(self._client, feeder, wanted=self._wanted, left=self._left)
         await self.pump.run(exited, drain)
 
     def _left(self, departure: Departure) -> None:
