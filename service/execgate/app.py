@@ -9,8 +9,9 @@ import signal
 import socket
 import urllib.parse
 from enum import Enum
+from pathlib import Path
 
-from execgate import __version__, handover
+from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
 from execgate.engine import Engine, open_engine
@@ -45,8 +46,10 @@ class Ending(Enum):
 
 async def serve(config: Config, link: KeeperLink) -> None:
     """Run the service until the keeper says so. Raises the category of whatever keeps it from starting."""
-    ending = _ending(link)
+    ending = _ending(link, config.state_dir)
     async with contextlib.AsyncExitStack() as cleanup:
+        if adopted := orphan.adopt(config.state_dir, link):
+            log.info("takes over from a service that had lost its keeper: %d descriptors", adopted)
         streams = OpenStreams()
         before = handover.take(link, streams) or handover.Handover()
         engine = await cleanup.enter_async_context(open_engine(config, link, before.sessions))
@@ -88,7 +91,7 @@ async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link:
     os._exit(0)
 
 
-def _ending(link: KeeperLink) -> "asyncio.Future[Ending]":
+def _ending(link: KeeperLink, state_dir: Path) -> "asyncio.Future[Ending]":
     """Return what is done when the service is to end. A second signal ends the process at once."""
     loop = asyncio.get_running_loop()
     ending: asyncio.Future[Ending] = loop.create_future()
@@ -105,9 +108,12 @@ def _ending(link: KeeperLink) -> "asyncio.Future[Ending]":
 
     def told(message: Message | None) -> None:
         if message is None:
-            log.error("the keeper is dead: this service goes on alone, and nothing outlives it; start execgate anew")
+            log.error("the keeper is dead: this service goes on until `execgate serve` is started anew, and takes over")
+            orphan.wait_for_successor(state_dir, link, lambda: end(Ending.LEAVE))
         elif message.verb == "failed":
-            log.error("the reload failed: %s", " ".join(message.words))
+            failure = " ".join(message.words)
+            log.error("the reload failed: %s", failure)
+            write_status(state_dir, failure)
         elif message.verb in (Ending.STOP.value, Ending.LEAVE.value):
             end(Ending(message.verb))
 

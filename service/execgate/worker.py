@@ -59,6 +59,23 @@ class KeeperLink:
         protocol.close_all(self._inherited[name] for name in found if name in self._inherited)
         self._inherited |= found
 
+    def inherit_from(self, orphan: socket.socket) -> int:
+        """Take in everything that a service without a keeper says it has; return how much that is. Blocks. OSError."""
+        before = len(self._inherited)
+        while (message := protocol.receive(orphan)) is not None:
+            if message.verb != "keep":
+                protocol.close_all(message.fds)
+                continue
+            self.inherit(message)
+            self.keep({name: self._inherited[name] for name in message.words if not name.startswith(protocol.ONCE)})
+        return len(self._inherited) - before
+
+    def hand_to(self, successor: socket.socket) -> None:
+        """Say from now on to a successor what the keeper would be told, and first of all what it would have."""
+        successor.setblocking(False)
+        self._connection = successor
+        self.keep(self._kept)
+
     def listen(self, told: Callable[[protocol.Message | None], None]) -> None:
         """Call `told` with each message of the keeper, and with None when it has died."""
         self._told = told
@@ -84,7 +101,7 @@ class KeeperLink:
 
     def keep(self, descriptors: Mapping[str, int]) -> None:
         """See `FdStore.keep`."""
-        self._kept |= descriptors
+        self._kept = {**self._kept, **descriptors}
         for names, fds in protocol.batches(dict(descriptors)):
             self._send("keep", names, fds)
 

@@ -14,7 +14,8 @@ PACKAGE = Path(execgate.__file__).parent
 # The top first. Modules of one floor may import each other; oci and wire are side by side.
 FLOORS = [
     {
-        "__main__", "cli", "app", "engine", "client", "config", "handover", "logs", "rootless", "status", "worker", "",
+        "__main__", "cli", "app", "engine", "client", "config", "handover", "logs", "orphan", "rootless", "status",
+        "worker", "",
     },
     {"http"},
     {"sessions"},
@@ -103,3 +104,15 @@ def test_foreign_packages_stay_where_they_belong(package: str, only: set[str]) -
         floor_name(module) for module in MODULES if any(name.partition(".")[0] == package for name in imports(module))
     }
     assert users <= only
+
+
+def test_the_keeper_is_small() -> None:
+    """It stands on the standard library alone, without an event loop, and can be read in one sitting."""
+    modules = [one for one in MODULES if floor_name(one) == "keeper"]
+    for module in modules:
+        for name in imports(module):
+            top = name.partition(".")[0]
+            assert name.startswith("execgate.keeper") or top in sys.stdlib_module_names - {"asyncio"}, (
+                f"{module}: {name}"
+            )
+    assert sum(len((PACKAGE / module).read_text().splitlines()) for module in modules) < 750

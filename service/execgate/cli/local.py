@@ -2,9 +2,12 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,10 +19,16 @@ from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of
 from execgate.model.container import Container, EngineName
-from execgate.model.errors import InvalidArgument
+from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
 from execgate.rootless import enter_podman
+from execgate.runtime import pidfd
 from execgate.sessions.store import read_sessions
+from execgate.status import read_status
+
+_RELOAD_TIMEOUT = 90.0
+_RELOAD_POLL = 0.02  # a file has no event without inotify, which Python does not have
+_SEE_LOG = "the service's log has the details; `execgate check-config` checks the configuration"
 
 _STATES = {
     "created": (SessionState.CREATED,),
@@ -47,6 +56,8 @@ def add_commands(commands: Any) -> None:
     )
     serve.add_argument("--socket-mode", metavar="MODE", help="permissions of the unix sockets (default 0660)")
     serve.add_argument("--socket-group", metavar="GROUP", help="group of the unix sockets (default: the service's)")
+
+    _command(commands, "reload", _reload, "replace the running service: new code, new configuration, no client notices")
 
     containers = _command(commands, "containers", _containers, "show the containers that can be reached")
     sessions = _command(commands, "sessions", _sessions, "show the exec sessions that are known")
@@ -121,6 +132,26 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(app.serve(config, link))
     return 0
+
+
+def _reload(config: Config, _arguments: argparse.Namespace) -> int:
+    """Ask the keeper for another worker, and say what became of it."""
+    before = read_status(config.state_dir)
+    keeper = None if before is None else pidfd.open_pidfd(before.keeper)
+    if before is None or keeper is None:
+        raise Unavailable(f"no service runs on {config.state_dir}", hint="give its --state-dir or --config")
+    with contextlib.closing(keeper):
+        signal.pidfd_send_signal(keeper.fileno(), signal.SIGHUP)
+        deadline = time.monotonic() + _RELOAD_TIMEOUT
+        while time.monotonic() < deadline:
+            now = read_status(config.state_dir)
+            if now is not None and now.worker != before.worker:
+                print(f"execgate {now.version} serves, as process {now.worker.pid}")
+                return 0
+            if now is not None and now.failures > before.failures:
+                raise Unavailable(f"the reload failed: {now.failure}; the service goes on as it was", hint=_SEE_LOG)
+            time.sleep(_RELOAD_POLL)
+    raise Unavailable("the service was not replaced in time", hint=_SEE_LOG)
 
 
 def _loop_factory(choice: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
