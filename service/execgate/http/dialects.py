@@ -64,6 +64,7 @@ class Rewording:
 class Dialect:
     """One API: where its paths are, its versions, and what it does in its own way."""
 
+    name: str
     prefix: str
     """What stands between the version and the path."""
 
@@ -152,6 +153,7 @@ class Dialect:
 # The newest version whose exec, event and container answers are given here; from 1.52 on dockerd drops fields
 # that older clients read. dockerd's own oldest is 1.24.
 DOCKER = Dialect(
+    name="docker",
     prefix="",
     versioned_only=False,
     version_form=_DOCKER_VERSION,
@@ -179,6 +181,7 @@ DOCKER = Dialect(
 # Podman refuses no version: a client of 5.x may ask a service of 4.x. What it looks at is Libpod-API-Version, which
 # must be 4.0.0 or later, and from 4.8 on makes it remove the sessions that it has made.
 LIBPOD = Dialect(
+    name="libpod",
     prefix="/libpod",
     versioned_only=True,
     version_form=_LIBPOD_VERSION,
@@ -240,6 +243,11 @@ LIBPOD = Dialect(
 def dialect_of(path: str) -> Dialect:
     """Return the API that a (decoded) path belongs to, whether or not there is such a path."""
     return LIBPOD if _LIBPOD_PATH.match(path) else DOCKER
+
+
+def dialect_named(name: str) -> Dialect:
+    """Return a dialect by its name. KeyError."""
+    return {dialect.name: dialect for dialect in (DOCKER, LIBPOD)}[name]
 
 
 def dotted(version: ApiVersion) -> str:

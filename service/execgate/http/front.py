@@ -67,16 +67,16 @@ class FrontProtocol(asyncio.Protocol):
         """Hand the connection to `successor(transport, held bytes, whether the client's end has come)`.
 
         ConnectionError when the client is gone already; Internal when the request was not seen as one that may be
-        hijacked, because then some of its bytes may be lost.
+        hijacked, because then some of its bytes may be lost. If `successor` raises, nothing has happened.
         """
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client is gone")
         if self._held is None:
             raise Internal("this request cannot be hijacked", hint="the path of a start request was not recognised")
-        held, self._held = bytes(self._held), None
+        transport.set_protocol(successor(transport, bytes(self._held), self._eof))
+        self._held = None
         self._arm(None)
-        transport.set_protocol(successor(transport, held, self._eof))
 
     def request_done(self, *, failed: bool) -> bool:
         """Note that the oldest request has its answer; return whether the connection must end with it.

@@ -6,241 +6,408 @@ The rules, and who needs them:
   docker-py throws away what arrives in the same read. On a unix socket the kernel tells when (SIOCOUTQ); over TCP
   a few milliseconds are the best there is.
 - A half-close of the client is data: the end of its input. Output goes on.
-- Room is asked for before more is sent: nothing here grows with output.
+- Room is waited for before more is taken: nothing here grows with output, and input stays in the kernel until it is
+  asked for.
 - The end is a half-close of ours, and then a bounded wait for the client's, while what it still sends is thrown
   away. A plain close with unread input would make the kernel reset the connection and lose the last output.
+- At every moment it is known which bytes are on the wire, so that the connection can be handed to another process,
+  in the middle of a frame if need be. Output is *accepted* before anything is awaited: from then on it is the
+  stream's, whatever becomes of the caller. Input is taken from the wire by calls that await nothing after it.
 """
 
 import asyncio
+import contextlib
 import fcntl
-import select
 import socket
 import struct
 import termios
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 
-from execgate.http.dialects import ErrorLine
-from execgate.runtime.readiness import readable
+from execgate.http.dialects import dialect_named
+from execgate.http.hang_ups import HangUps, hung_up
+from execgate.http.parking import Parking
+from execgate.runtime.readiness import ReadWaiter, WriteWaiter
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
 
-READ_LIMIT = 256 * 1024
-"""Bytes of input that wait for the process before the client's socket is no longer read."""
+READ_SIZE = 256 * 1024
+"""The most that one read takes."""
 
-WRITE_LIMIT = 256 * 1024
-"""Bytes of output that wait for the client before the process's pipe is no longer read."""
-
+_CHUNKS_AT_ONCE = 16
 _HEAD_READ_TIMEOUT = 1.0
 _HEAD_READ_POLL = 0.001
 _TCP_HEAD_PAUSE = 0.005
 _LINGER = 2.0
 
 
-class HijackedStream(asyncio.Protocol):
-    """The client's side of an attached session (`sessions.manager.AttachedClient`).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamState:
+    """What one needs to know of a hijacked connection, beside its descriptor, to go on with it exactly there."""
 
-    `multiplexed` frames the output with `wire.stdcopy`; otherwise stdout and stderr are one raw stream. `error_line`
-    is how the client's API words an error in a stream.
+    dialect: str
+    """`Dialect.name`."""
+
+    multiplexed: bool
+    """Whether output is framed with `wire.stdcopy`; otherwise stdout and stderr are one raw stream."""
+
+    unsent: bytes
+    """What was accepted and is not on the wire yet: the head, the rest of a frame, whole frames."""
+
+    head: int | None
+    """How many bytes of `unsent` are the head, behind which output waits until the client has read it; None: it has."""
+
+    unread: bytes
+    """Input that was taken from the wire, and not by the session."""
+
+    eof: bool
+    """Whether the client has ended its input, and that was seen."""
+
+    finished: bool = False
+    """Whether the session is done with it: what is unsent is to be delivered, and farewell said."""
+
+
+class OpenStreams:
+    """The hijacked connections of a server, those that say farewell included, until each is over."""
+
+    def __init__(self) -> None:
+        self._streams: set[HijackedStream] = set()
+        self.hang_ups = HangUps()
+
+    def __iter__(self) -> Iterator["HijackedStream"]:
+        return iter(tuple(self._streams))
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add(self, stream: "HijackedStream") -> None:
+        """Take note of one more."""
+        self._streams.add(stream)
+
+    def discard(self, stream: "HijackedStream") -> None:
+        """Forget one that is over."""
+        self._streams.discard(stream)
+
+
+class HijackedStream:
+    """The client's side of an attached session (`sessions.live.AttachedClient`).
+
+    It goes on where `state` says, on a socket that is its own from now on; `parking` is the transport that has another
+    descriptor of it. OSError, and then nothing has happened.
     """
 
     def __init__(
-        self,
-        transport: asyncio.Transport,
-        held: bytes,
-        eof: bool,
-        *,
-        multiplexed: bool,
-        error_line: ErrorLine,
-        lost: Callable[[Exception | None], None],
+        self, connection: socket.socket, state: StreamState, streams: OpenStreams, parking: Parking | None = None
     ) -> None:
-        self._transport = transport
-        self._multiplexed = multiplexed
-        self._error_line = error_line
-        self._tell_lost = lost
-        self._input: deque[bytes] = deque([held] if held else [])
-        self._input_size = len(held)
-        self._eof = eof
-        self._arrived = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
+        connection.setblocking(False)
+        self._socket = connection
+        self._parking = parking
+        self._streams = streams
+        self._dialect = dialect_named(state.dialect)
+        self._multiplexed = state.multiplexed
+        self._head = _Outgoing(state.unsent[: state.head or 0])
+        self._output = _Outgoing(state.unsent[state.head or 0 :])
+        self._held = deque([state.unread] if state.unread else [])
+        self._eof = state.eof
+        self._finished = state.finished
+        self._gone = False
+        self._handed_over = False
+        self._took = False  # the last step was a read that had not to wait
+        self._turn = asyncio.Lock()  # whose turn it is to write
+        self._readable = ReadWaiter(connection.fileno())
+        self._writable = WriteWaiter(connection.fileno())
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._head_read: asyncio.Task[None] | None = None
-        self._hang_up: asyncio.Task[None] | None = None
-        self._finished = False
-        transport.set_write_buffer_limits(high=WRITE_LIMIT)
+        self._opening: asyncio.Task[None] | None = None
+        self._farewell: asyncio.Task[None] | None = None
+        streams.hang_ups.watch(connection.fileno(), self._lose)
+        streams.add(self)
+        if parking is not None:
+            parking.admit(self)
+        if state.head is not None:
+            self._opening = asyncio.create_task(self._open())
+        if state.finished:
+            self._begin_farewell()
 
     def __repr__(self) -> str:
-        return f"<HijackedStream input={self._input_size} eof={self._eof} finished={self._finished}>"
+        return (
+            f"<HijackedStream unsent={len(self._head) + len(self._output)} eof={self._eof} "
+            f"finished={self._finished} gone={self._gone} handed_over={self._handed_over}>"
+        )
 
-    def begin(self, head: bytes) -> None:
-        """Put the head of the answer on the wire."""
-        self._transport.write(head)
-        self._head_read = asyncio.ensure_future(self._wait_for_head())
-        if self._eof:
-            self._await_hang_up()
-        if self._input_size < READ_LIMIT:
-            self._transport.resume_reading()
-
-    # -- sessions.pump.Client, sessions.manager.AttachedClient ------------------------------------------------------
+    # -- sessions.pump.Client, sessions.live.AttachedClient ---------------------------------------------------------
 
     async def send(self, stream: int, data: bytes) -> None:
-        """Send output, waiting for room. ClientGone."""
-        await self._ready()
-        if self._multiplexed:
-            self._transport.writelines((stdcopy.frame_header(stream, len(data)), data))
-        else:
-            self._transport.write(data)
-        if not self._room.is_set():
-            await self._room.wait()
-            self._check()
+        """Send output; return once it is on the wire. ClientGone.
+
+        It is accepted at once: a call that is cancelled while it waits has lost nothing and must not be repeated.
+        """
+        if not self._gone and not self._handed_over:
+            self._accept(stream, data)
+        await self._deliver()
 
     async def receive(self) -> bytes:
-        """Return input; b"" once the client has ended it. ClientGone."""
-        while not self._input:
-            self._check()
-            if self._eof:
-                return b""
-            self._arrived.clear()
-            await self._arrived.wait()
-        data = self._input.popleft()
-        before, self._input_size = self._input_size, self._input_size - len(data)
-        if before >= READ_LIMIT > self._input_size:
-            self._transport.resume_reading()
-        return data
+        """Return input; b"" once the client has ended it. ClientGone, behind the last that it sent."""
+        while not self._finished or self._gone:
+            if self._held:
+                return self._held.popleft()
+            if (data := await self._read()) is not None:
+                return data
+        raise ClientGone
 
     async def finish(self, message: str = "") -> None:
-        """Send `message` if any, as a line in the stream, then end the connection in order."""
-        if self._finished:
+        """Send `message` if any, as a line in the stream, then end the connection in order; both in the background."""
+        if self._finished or self._gone or self._handed_over:
             return
-        self._finished = True
         if message:
-            text = self._error_line.form.format(message).encode(errors="replace")
-            try:
-                await self.send(self._error_line.stream, text)
-            except ClientGone:
-                return
-        self._discard_input()
-        if self._transport.is_closing():
-            return
-        if self._eof or not self._transport.can_write_eof():
-            self._transport.close()
-            return
-        self._transport.write_eof()
-        self._transport.resume_reading()
-        asyncio.get_running_loop().call_later(_LINGER, self._transport.close)
+            line = self._dialect.error_line
+            self._accept(line.stream, line.form.format(message).encode(errors="replace"))
+        self._finished = True
+        self._readable.release()
+        self._begin_farewell()
 
     def abandon(self) -> None:
-        """Close at once."""
-        self._finished = True
-        self._transport.close()
+        """Close at once. One that was handed over is only parted from."""
+        if self._handed_over:
+            self._settle()
+        else:
+            self._close()
 
     async def wait_closed(self) -> None:
         """Return once the connection is gone."""
         await asyncio.shield(self._closed)
 
-    # -- asyncio.Protocol -------------------------------------------------------------------------------------------
+    # -- handing over -----------------------------------------------------------------------------------------------
 
-    def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
-        if self._finished:
-            return
-        self._input.append(data)
-        before, self._input_size = self._input_size, self._input_size + len(data)
-        if before < READ_LIMIT <= self._input_size:
-            self._transport.pause_reading()
-        self._arrived.set()
+    def hand_over(self) -> tuple[int, StreamState] | None:
+        """Stop, and return a descriptor of the connection (the caller's, close-on-exec) and where it stands.
 
-    def eof_received(self) -> bool:
-        """Take the client's end of input for what it is, and keep the connection open for the output."""
-        connection: socket.socket = self._transport.get_extra_info("socket")
-        # Not ended its input, but gone: over TCP the two look alike.
-        if connection.family == socket.AF_UNIX and hung_up(connection):
-            self._transport.abort()
-        self._eof = True
-        self._arrived.set()
-        if not self._finished:
-            self._await_hang_up()
-        return not self._finished
+        From now on no byte moves and nothing is accepted: `send` and `receive` wait until they are cancelled or the
+        session parts from the stream with `abandon`, and `wait_closed` too. None when there is nothing to hand over:
+        the client is gone, it was done before, or answers to earlier requests are still in the transport's own buffer,
+        where nobody can take them out; in that case the stream goes on.
+        """
+        if self._gone or self._handed_over or (self._parking is not None and not self._parking.empty):
+            return None
+        state = StreamState(
+            dialect=self._dialect.name,
+            multiplexed=self._multiplexed,
+            unsent=bytes(self._head) + bytes(self._output),
+            head=len(self._head) if self._opening is not None and not self._opening.done() else None,
+            unread=b"".join(self._held),
+            eof=self._eof,
+            finished=self._finished,
+        )
+        self._handed_over = True
+        self._held.clear()
+        self._stop()
+        fd = self._socket.detach()
+        if self._parking is not None:
+            self._parking.end()
+        return fd, state
 
-    def pause_writing(self) -> None:
-        """See asyncio.Protocol."""
-        self._room.clear()
+    # -- parking.Occupant -------------------------------------------------------------------------------------------
 
-    def resume_writing(self) -> None:
-        """See asyncio.Protocol."""
-        self._room.set()
+    def unexpected_input(self, data: bytes) -> None:
+        """See `parking.Occupant`."""
+        if data:
+            self._held.append(data)
+        else:
+            self._eof = True
+        self._readable.wake()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
-        if not self._closed.done():
-            self._closed.set_result(None)
-        self._arrived.set()
-        self._room.set()
-        for task in (self._head_read, self._hang_up):
-            if task is not None:
-                task.cancel()
-        self._tell_lost(exc)
+    def transport_lost(self) -> None:
+        """See `parking.Occupant`."""
+        if not self._handed_over:
+            self._close()
+            self._settle()
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- output -----------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        if self._closed.done() or self._transport.is_closing():
-            raise ClientGone
+    def _accept(self, stream: int, data: bytes) -> None:
+        if self._multiplexed:
+            self._output.add(stdcopy.frame_header(stream, len(data)))
+        self._output.add(data)
 
-    async def _ready(self) -> None:
-        """Wait until the head was read and there is room."""
-        if self._head_read is not None:
-            await asyncio.wait([self._head_read])
-            self._head_read = None
-        if not self._room.is_set():
-            await self._room.wait()
-        self._check()
+    async def _deliver(self) -> None:
+        """Return once all that was accepted by now is on the wire. ClientGone."""
+        mark = self._output.accepted
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+            if not self._handed_over:
+                self._opening = None
+        await self._flush(self._output, mark)
 
-    async def _wait_for_head(self) -> None:
-        """Wait, not for ever, until the client has read all that was sent."""
-        connection: socket.socket = self._transport.get_extra_info("socket")
-        if connection.family != socket.AF_UNIX:
+    async def _flush(self, queue: "_Outgoing", mark: int) -> None:
+        async with self._turn:
+            while queue.written < mark:
+                await self._check()
+                try:
+                    queue.send(self._socket)
+                except BlockingIOError:
+                    await self._writable.wait()
+                except OSError as error:  # EPIPE, ECONNRESET
+                    self._lose()
+                    raise ClientGone from error
+        await self._check()
+
+    async def _open(self) -> None:
+        """Put the head on the wire, and wait, not for ever, until the client has read all that was sent."""
+        if self._parking is not None:
+            await self._parking.emptied()
+        with contextlib.suppress(ClientGone):
+            await self._flush(self._head, self._head.accepted)
+            await self._head_read()
+
+    async def _head_read(self) -> None:
+        if self._socket.family != socket.AF_UNIX:
             await asyncio.sleep(_TCP_HEAD_PAUSE)
             return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _HEAD_READ_TIMEOUT
-        while self._transport.get_write_buffer_size() or _unread(connection):
-            if loop.time() > deadline or self._transport.is_closing():
+        while _unread(self._socket):
+            if loop.time() > deadline:
                 return
             await asyncio.sleep(_HEAD_READ_POLL)  # the kernel has no event for "your peer has read it"
 
-    def _await_hang_up(self) -> None:
-        """After the end of input nobody looks at the socket any more: let the kernel tell when the client is gone.
+    # -- input ------------------------------------------------------------------------------------------------------
 
-        On a unix socket, that is; over TCP a half-close and a close look alike until something is sent.
-        """
-        connection: socket.socket = self._transport.get_extra_info("socket")
-        if connection.family == socket.AF_UNIX and self._hang_up is None:
-            self._hang_up = asyncio.ensure_future(self._abort_at_hang_up(connection))
+    async def _read(self) -> bytes | None:
+        """Return what is on the wire, b"" at the end, or None after a wait: look again at everything. ClientGone."""
+        if self._took:
+            self._took = False
+            await asyncio.sleep(0)  # a client that sends without a pause must not starve the others
+            return None
+        await self._check()
+        if self._eof:
+            return b""
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except BlockingIOError:
+            await self._readable.wait()
+            return None
+        except OSError:
+            self._lose()
+            return None
+        self._took = True
+        if not data:
+            self._eof = True
+            if hung_up(self._socket):  # not ended its input, but gone
+                self._lose()
+                return None
+        return data
 
-    async def _abort_at_hang_up(self, connection: socket.socket) -> None:
-        with select.epoll() as epoll:
-            epoll.register(connection.fileno(), 0)  # EPOLLHUP and EPOLLERR are told always, epoll_ctl(2)
-            await readable(epoll.fileno())
-        self._transport.abort()
+    # -- the end ----------------------------------------------------------------------------------------------------
 
-    def _discard_input(self) -> None:
-        self._input.clear()
-        self._input_size = 0
+    async def _check(self) -> None:
+        """ClientGone when no byte can move any more; after a handing over, wait."""
+        if self._handed_over:
+            await self.wait_closed()
+            raise ClientGone
+        if self._gone:
+            raise ClientGone
+
+    def _begin_farewell(self) -> None:
+        self._held.clear()
+        self._farewell = asyncio.create_task(self._say_farewell())
+        self._farewell.add_done_callback(lambda _: self._close())
+
+    async def _say_farewell(self) -> None:
+        """Deliver what was accepted, however slow the reader: a client that is gone ends it. Then end in order."""
+        discarding = asyncio.create_task(self._discard_input())  # at once: a client may read only once it has sent all
+        try:
+            await self._deliver()
+            self._socket.shutdown(socket.SHUT_WR)
+            await asyncio.wait([discarding], timeout=_LINGER)
+        except (ClientGone, OSError):  # ENOTCONN: it is gone, and that was not noticed yet
+            pass
+        finally:
+            discarding.cancel()
+
+    async def _discard_input(self) -> None:
+        with contextlib.suppress(ClientGone):
+            while await self._read() != b"":
+                pass
+
+    def _lose(self) -> None:
+        """Close what the client has left. What it sent before is in the kernel, and still input."""
+        last = _last_input(self._socket)  # whoever wants it: unread, it would make our close a reset
+        if not self._finished:
+            self._held.extend(last)
+        self._close()
+
+    def _close(self) -> None:
+        if self._gone or self._handed_over:
+            return
+        self._gone = True
+        self._stop()
+        self._socket.close()
+        if self._parking is not None:
+            self._parking.end()  # and `transport_lost` comes
+        else:
+            self._settle()
+
+    def _stop(self) -> None:
+        """Have nothing wait for the socket: its number may soon be another's."""
+        self._streams.hang_ups.forget(self._socket.fileno())
+        self._readable.release()
+        self._writable.release()
+        for task in (self._opening, self._farewell):
+            if task is not None:
+                task.cancel()
+
+    def _settle(self) -> None:
+        self._streams.discard(self)
+        if not self._closed.done():
+            self._closed.set_result(None)
 
 
-def hung_up(connection: socket.socket) -> bool:
-    """Return whether a connection is closed in both directions: on a unix socket, whether the peer has closed it."""
-    poll = select.poll()
-    poll.register(connection.fileno(), 0)  # POLLHUP is told always, poll(2)
-    return any(events & select.POLLHUP for _, events in poll.poll(0))
+class _Outgoing:
+    """Bytes on their way, in order. `accepted` and `written` count all that ever were."""
+
+    __slots__ = ("_chunks", "accepted", "written")
+
+    def __init__(self, data: bytes) -> None:
+        self._chunks: deque[memoryview] = deque()
+        self.accepted = 0
+        self.written = 0
+        self.add(data)
+
+    def __len__(self) -> int:
+        return self.accepted - self.written
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self._chunks)
+
+    def add(self, data: bytes) -> None:
+        """Accept it."""
+        if data:
+            self._chunks.append(memoryview(data))
+            self.accepted += len(data)
+
+    def send(self, connection: socket.socket) -> None:
+        """Put on the wire what it takes now. BlockingIOError, OSError."""
+        sent = connection.sendmsg(list(islice(self._chunks, _CHUNKS_AT_ONCE)))
+        self.written += sent
+        while sent:
+            first = self._chunks.popleft()
+            if sent < len(first):
+                self._chunks.appendleft(first[sent:])
+                return
+            sent -= len(first)
+
+
+def _last_input(connection: socket.socket) -> list[bytes]:
+    """Return what is there to be read, where no more can come: the kernel's buffer is the bound."""
+    pieces = []
+    with contextlib.suppress(OSError):
+        while data := connection.recv(READ_SIZE):
+            pieces.append(data)
+    return pieces
 
 
 def _unread(connection: socket.socket) -> int:
     """Return how many of the bytes sent on a unix socket the peer has not read (SIOCOUTQ, unix(7))."""
-    try:
-        answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
-    except OSError:  # closed meanwhile
-        return 0
+    answer = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0\0\0\0")
     return int(struct.unpack("=i", answer)[0])

@@ -12,7 +12,9 @@ from aiohttp import web
 from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
+from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import BACKLOG
+from execgate.http.takeover import OPEN_STREAMS
 from execgate.http.tree import Tree
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
 
@@ -33,6 +35,7 @@ _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_inf
 def build_application(trees: Iterable[Tree]) -> web.Application:
     """Return the application that serves these trees."""
     app = web.Application(client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware])
+    app[OPEN_STREAMS] = OpenStreams()
     for tree in trees:
         for method, path, handler in tree.routes():
             app.router.add_route(method, path, handler)
@@ -45,9 +48,10 @@ def build_application(trees: Iterable[Tree]) -> web.Application:
 
 
 class HttpServer:
-    """Serves an application on listening sockets."""
+    """Serves an application on listening sockets. `streams` are the connections that have left HTTP."""
 
     def __init__(self, app: web.Application) -> None:
+        self.streams = app[OPEN_STREAMS]
         # Cancelling a handler when its client leaves would be wrong here: a start goes on.
         self._runner = web.AppRunner(
             app,
@@ -79,6 +83,8 @@ class HttpServer:
         """End what is still open."""
         await self.stop_accepting()
         await self._runner.cleanup()
+        for stream in self.streams:
+            stream.abandon()
 
     def _new_connection(self) -> FrontProtocol:
         server = self._runner.server

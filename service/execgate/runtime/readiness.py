@@ -14,7 +14,7 @@ async def readable(fd: int) -> None:
 
 
 class ReadWaiter:
-    """Waits until a descriptor is readable, or until somebody else has a reason to look again."""
+    """Waits until a descriptor is readable, or until somebody else has a reason to look again, or to close it."""
 
     __slots__ = ("_fd", "_ready")
 
@@ -23,20 +23,26 @@ class ReadWaiter:
         self._ready: asyncio.Future[None] | None = None
 
     async def wait(self) -> None:
-        """Return once the descriptor is readable or `wake` was called."""
+        """Return once the descriptor is readable, or `wake` or `release` was called."""
         loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
-        loop.add_reader(self._fd, _settle, self._ready)
+        ready = self._ready = loop.create_future()
+        loop.add_reader(self._fd, _settle, ready)
         try:
-            await self._ready
+            await ready
         finally:
-            loop.remove_reader(self._fd)
-            self._ready = None
+            self.release()
 
     def wake(self) -> None:
         """End a wait that is under way."""
         if self._ready is not None:
             _settle(self._ready)
+
+    def release(self) -> None:
+        """End a wait that is under way and forget the descriptor, at once: its number may soon be another's."""
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            _settle(ready)
 
 
 class WriteWaiter:

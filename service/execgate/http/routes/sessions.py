@@ -19,7 +19,8 @@ from execgate.http.bodies import RunBody, read_body
 from execgate.http.dialects import MULTIPLEXED_STREAM, RAW_STREAM, Dialect
 from execgate.http.filters import parse_filters
 from execgate.http.front import front_of
-from execgate.http.hijack import HijackedStream, hung_up
+from execgate.http.hang_ups import hung_up
+from execgate.http.hijack import HijackedStream
 from execgate.http.query import flag
 from execgate.http.routes.execs import exec_config
 from execgate.http.takeover import AlreadyAnswered, hijack
