@@ -12,12 +12,12 @@ import base64
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from execgate.http.hijack import HijackedStream, OpenStreams, StreamState
+from execgate.http.takeover import restore
 from execgate.keeper.protocol import ONCE, close_all
 from execgate.model.events import Event
 from execgate.model.ids import SessionId, parse_session_id
@@ -156,7 +156,7 @@ def _restored(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams)
 
 
 def _stream(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HijackedStream:
-    return HijackedStream(socket.socket(fileno=fds.pop(fields["fd"])), StreamState(**fields["state"]), streams)
+    return restore(fds.pop(fields["fd"]), StreamState(**fields["state"]), streams)
 
 
 def _encoded(value: object) -> object:

@@ -246,11 +246,8 @@ def dialect_of(path: str) -> Dialect:
 
 
 def dialect_named(name: str) -> Dialect:
-    """Return the API of this name. ValueError."""
-    for dialect in (DOCKER, LIBPOD):
-        if dialect.name == name:
-            return dialect
-    raise ValueError(f"there is no dialect {name!r}")
+    """Return a dialect by its name. KeyError."""
+    return {dialect.name: dialect for dialect in (DOCKER, LIBPOD)}[name]
 
 
 def dotted(version: ApiVersion) -> str:

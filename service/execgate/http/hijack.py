@@ -124,7 +124,7 @@ class HijackedStream:
         streams.hang_ups.watch(connection.fileno(), self._lose)
         streams.add(self)
         if parking is not None:
-            parking.occupant = self
+            parking.admit(self)
         if state.head is not None:
             self._opening = asyncio.create_task(self._open())
         if state.finished:
@@ -149,9 +149,12 @@ class HijackedStream:
 
     async def receive(self) -> bytes:
         """Return input; b"" once the client has ended it. ClientGone, behind the last that it sent."""
-        if self._finished and not self._gone:
-            raise ClientGone
-        return await self._take()
+        while not self._finished or self._gone:
+            if self._held:
+                return self._held.popleft()
+            if (data := await self._read()) is not None:
+                return data
+        raise ClientGone
 
     async def finish(self, message: str = "") -> None:
         """Send `message` if any, as a line in the stream, then end the connection in order; both in the background."""
@@ -263,40 +266,37 @@ class HijackedStream:
             return
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _HEAD_READ_TIMEOUT
-        while True:
-            if not _unread(self._socket) or loop.time() > deadline:
+        while _unread(self._socket):
+            if loop.time() > deadline:
                 return
             await asyncio.sleep(_HEAD_READ_POLL)  # the kernel has no event for "your peer has read it"
 
     # -- input ------------------------------------------------------------------------------------------------------
 
-    async def _take(self) -> bytes:
-        """Return what is held, else what is on the wire; b"" at the end. ClientGone."""
+    async def _read(self) -> bytes | None:
+        """Return what is on the wire, b"" at the end, or None after a wait: look again at everything. ClientGone."""
         if self._took:
             self._took = False
             await asyncio.sleep(0)  # a client that sends without a pause must not starve the others
-        while not self._held:
-            await self._check()
-            if self._eof:
-                return b""
-            try:
-                data = self._socket.recv(READ_SIZE)
-            except BlockingIOError:
-                await self._readable.wait()
-            except OSError as error:
-                self._lose()
-                raise ClientGone from error
-            else:
-                self._took = True
-                if data:
-                    return data
-                self._end_input()
-        return self._held.popleft()
-
-    def _end_input(self) -> None:
-        self._eof = True
-        if hung_up(self._socket):  # not ended its input, but gone
+            return None
+        await self._check()
+        if self._eof:
+            return b""
+        try:
+            data = self._socket.recv(READ_SIZE)
+        except BlockingIOError:
+            await self._readable.wait()
+            return None
+        except OSError:
             self._lose()
+            return None
+        self._took = True
+        if not data:
+            self._eof = True
+            if hung_up(self._socket):  # not ended its input, but gone
+                self._lose()
+                return None
+        return data
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -327,12 +327,12 @@ class HijackedStream:
 
     async def _discard_input(self) -> None:
         with contextlib.suppress(ClientGone):
-            while await self._take():
+            while await self._read() != b"":
                 pass
 
     def _lose(self) -> None:
         """Close what the client has left. What it sent before is in the kernel, and still input."""
-        last = _last_input(self._socket)
+        last = _last_input(self._socket)  # whoever wants it: unread, it would make our close a reset
         if not self._finished:
             self._held.extend(last)
         self._close()
@@ -398,11 +398,13 @@ class _Outgoing:
             sent -= len(first)
 
 
-def _last_input(connection: socket.socket) -> Iterator[bytes]:
-    """Yield what is there to be read, and no more will come: the kernel's buffer is the bound."""
+def _last_input(connection: socket.socket) -> list[bytes]:
+    """Return what is there to be read, where no more can come: the kernel's buffer is the bound."""
+    pieces = []
     with contextlib.suppress(OSError):
         while data := connection.recv(READ_SIZE):
-            yield data
+            pieces.append(data)
+    return pieces
 
 
 def _unread(connection: socket.socket) -> int:

@@ -29,8 +29,12 @@ class Parking(asyncio.Protocol):
         self._transport = transport
         self._lost = lost
         self._room = asyncio.Event()
-        self.occupant: Occupant | None = None
-        transport.pause_reading()
+        self._occupant: Occupant | None = None
+
+    def admit(self, occupant: Occupant) -> None:
+        """Have the transport read no more, and tell `occupant` what happens to it."""
+        self._occupant = occupant
+        self._transport.pause_reading()
 
     @property
     def empty(self) -> bool:
@@ -53,8 +57,8 @@ class Parking(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol. A transport that reads on after all does not lose what it reads."""
-        if self.occupant is not None:
-            self.occupant.unexpected_input(data)
+        if self._occupant is not None:
+            self._occupant.unexpected_input(data)
 
     def eof_received(self) -> bool:
         """See asyncio.Protocol."""
@@ -67,8 +71,8 @@ class Parking(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        if self.occupant is not None:
-            self.occupant.transport_lost()
+        if self._occupant is not None:
+            self._occupant.transport_lost()
         self._lost(exc)
 
 

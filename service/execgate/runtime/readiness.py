@@ -14,7 +14,7 @@ async def readable(fd: int) -> None:
 
 
 class ReadWaiter:
-    """Waits until a descriptor is readable, or until somebody else has a reason to look again."""
+    """Waits until a descriptor is readable, or until somebody else has a reason to look again, or to close it."""
 
     __slots__ = ("_fd", "_ready")
 
@@ -23,7 +23,7 @@ class ReadWaiter:
         self._ready: asyncio.Future[None] | None = None
 
     async def wait(self) -> None:
-        """Return once the descriptor is readable or `wake` was called."""
+        """Return once the descriptor is readable, or `wake` or `release` was called."""
         loop = asyncio.get_running_loop()
         ready = self._ready = loop.create_future()
         loop.add_reader(self._fd, _settle, ready)
