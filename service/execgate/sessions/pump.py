@@ -198,7 +198,16 @@ class Pump:
             await asyncio.shield(keeping)
         except asyncio.CancelledError:
             await asyncio.wait([keeping])
+            await self._accept(stream, data)
             raise
+
+    async def _accept(self, stream: int, data: bytes) -> None:
+        """Have the client accept what was read, without waiting until it is sent: the next service sends it."""
+        if self._client is not None and stream in self._wanted:
+            sending = asyncio.ensure_future(self._client.send(stream, data))
+            await asyncio.sleep(0)  # which is the step in which it is accepted
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
     async def _feed(self, feeder: "Feeder") -> None:
         if (departure := await feeder.run()) is not None:

@@ -1,0 +1,213 @@
+"""The service dies, or is replaced, under living sessions and clients: nothing of theirs is lost."""
+
+import hashlib
+import os
+import random
+import select
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from support.api import RawApi
+from support.leaks import assert_no_leaks, footprint
+from support.processes import children
+from support.runtimes import TestContainer
+from support.service import Service, execgate_program
+
+NewService = Callable[..., Service]
+
+# Numbered lines, so many a session, as fast as somebody takes them: what is missing or repeated shows.
+LINES = 60_000
+STREAM = f"i=0; while [ $i -lt {LINES} ]; do echo line $i of the output of this session; i=$((i+1)); done; exit 7"
+EXPECTED = b"".join(b"line %d of the output of this session\n" % number for number in range(LINES))
+
+
+def test_killed_again_and_again(new_service: NewService, container: TestContainer) -> None:
+    """Row 1: sessions of all kinds, a worker that is killed at random: every exit code, and every stdin, is there."""
+    service = new_service()
+    api = RawApi(service.socket)
+    script = "while read line; do echo got $line; done; exit 9"
+    reading = api.create(container.id, "sh", "-c", script, AttachStdin=True, CaptureStdout=True, OnDisconnect="keep")
+    plain = api.create(container.id, "sh", "-c", "sleep 4; exit 5")
+    terminal = api.create(container.id, "sh", "-c", "sleep 4; exit 6", Tty=True)
+    for one in (reading, plain, terminal):
+        assert api.call("POST", f"/exec/{one}/start", {"Detach": True, "Tty": one == terminal}).status == 200
+    dice = random.Random(20261127)
+    answers = []
+    for number in range(8):
+        assert api.call("POST", f"/exec/{reading}/stdin", b"%d\n" % number).status == 204
+        begun = time.monotonic()
+        service.crash()
+        assert api.call("GET", "/_ping").status == 200
+        answers.append(time.monotonic() - begun)
+        time.sleep(dice.uniform(0.0, 1.2))  # the moment is the input here: nothing is waited for
+    assert api.call("POST", f"/exec/{reading}/stdin?eof=1", b"end\n").status == 204
+    ends = {one: api.wait_stopped(one) for one in (reading, plain, terminal)}
+    assert [ends[one]["ExitCode"] for one in (reading, plain, terminal)] == [9, 5, 6]
+    print(f"answered again after {statistics.median(answers):.3f} s (median), {max(answers):.3f} s at most")
+
+
+def test_a_session_ends_while_nobody_serves(new_service: NewService, runc_container: TestContainer) -> None:
+    """The exit code comes from what conmon left in the pipe or the file, although its service is stopped or dead."""
+    service = new_service(env={"EXECGATE_STANDBY": "false"})
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", "sleep 0.3; exit 11")
+    assert api.start_detached(session).status == 200
+    pidfd = os.pidfd_open(api.inspect(session)["Pid"])
+    os.kill(service.pid, signal.SIGSTOP)
+    _wait_for_end(pidfd)
+    service.crash()
+    assert api.wait_stopped(session)["ExitCode"] == 11
+
+
+def _wait_for_end(pidfd: int) -> None:
+    select.select([pidfd], [], [], 20)
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("clients", [6])
+def test_clients_notice_no_reload(new_service: NewService, container: TestContainer, clients: int) -> None:
+    """Row 5: the docker CLI, both streams busy, under reloads: all bytes in both directions, and the exit codes."""
+    service = new_service()
+    data = random.Random(5).randbytes(3_000_000)
+    with ThreadPoolExecutor(2 * clients) as pool:
+        cats = [pool.submit(_cat, service, container, data) for _ in range(clients // 2)]
+        streams = [pool.submit(_docker, service, container, ["sh", "-c", STREAM]) for _ in range(clients // 2)]
+        for _ in range(5):
+            time.sleep(0.2)  # clients are somewhere in the midst, wherever that is
+            service.reload()
+        for cat in cats:
+            assert cat.result() == (0, hashlib.sha256(data).hexdigest(), b"")
+        for stream in streams:
+            code, output, errors = stream.result()
+            assert (code, errors) == (7, b"")
+            assert output == EXPECTED
+    service.assert_clean_log()
+
+
+def _cat(service: Service, container: TestContainer, data: bytes) -> tuple[int, str, bytes]:
+    """Send `data` through `docker exec -i cat` in pieces; return its exit code, the hash of what came back, stderr."""
+    argv = ["docker", "-H", service.host, "exec", "-i", container.id, "cat"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+        assert stdin is not None
+        assert stdout is not None
+        assert stderr is not None
+
+        def send() -> None:
+            for begin in range(0, len(data), 60_000):
+                stdin.write(data[begin : begin + 60_000])
+                time.sleep(0.04)  # so that it takes as long as the reloads do
+            stdin.close()
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        digest = hashlib.sha256()
+        while piece := stdout.read(65536):
+            digest.update(piece)
+        sender.join()
+        return process.wait(), digest.hexdigest(), stderr.read()
+
+
+def _docker(service: Service, container: TestContainer, command: Sequence[str]) -> tuple[int, bytes, bytes]:
+    argv = ["docker", "-H", service.host, "exec", container.id, *command]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_terminal_and_its_watchers_notice_no_reload(new_service: NewService, container: TestContainer) -> None:
+    service = new_service()
+    api = RawApi(service.socket)
+    with api.open(container.id, "cat", stdin=True, tty=True) as terminal:
+        for number in range(3):
+            line = b"line %d\r\n" % number
+            terminal.send(line.replace(b"\r\n", b"\n"))
+            terminal.output_until(line + line)  # the terminal's echo, and cat's
+            service.reload()
+        assert api.inspect(terminal.id)["Running"]
+        api.call("POST", f"/exec/{terminal.id}/kill")
+
+
+def test_a_wait_and_an_idle_connection_notice_no_reload(new_service: NewService, runc_container: TestContainer) -> None:
+    service = new_service()
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", "sleep 2; exit 3")
+    assert api.start_detached(session).status == 200
+    with api.connect() as idle, ThreadPoolExecutor(1) as pool:
+        assert idle.request("GET", "/_ping").status == 200
+        waiting = pool.submit(api.call, "POST", f"/exec/{session}/wait")
+        time.sleep(0.2)  # it is under way
+        service.reload()
+        assert idle.request("GET", "/_ping").status == 200
+        answer = waiting.result()
+    assert answer.status == 200
+    assert answer.json["StatusCode"] == 3
+
+
+def test_a_reload_that_fails_changes_nothing(new_service: NewService, runc_container: TestContainer) -> None:
+    service = new_service()
+    config = service.directory / "execgate.toml"
+    good = config.read_text()
+    before = service.pid
+    config.write_text("nonsense = 1\n" + good)
+    argv = [str(execgate_program()), "reload", f"--state-dir={service.state_dir}"]
+    failed = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert failed.returncode == 1
+    assert "the reload failed" in failed.stderr
+    assert service.pid == before
+    assert RawApi(service.socket).call("GET", "/_ping").status == 200
+    config.write_text(good)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert service.pid != before
+
+
+def test_a_keeper_that_is_killed_costs_nothing(new_service: NewService, runc_container: TestContainer) -> None:
+    """The worker goes on; the next `execgate serve` takes everything over from it, the client's connection too."""
+    first = new_service()
+    api = RawApi(first.socket)
+    with api.open(runc_container.id, "cat", stdin=True) as control:
+        assert control.echo(b"one\n") == b"one\n"
+        worker = os.pidfd_open(first.pid)
+        first.process.kill()
+        first.process.wait()
+        assert control.echo(b"two\n") == b"two\n"
+        second = new_service(first.directory)
+        _wait_for_end(worker)
+        assert control.echo(b"three\n") == b"three\n"
+        control.half_close()
+        assert control.finish() == (b"", b"")
+        assert control.exit_code() == 0
+    second.stop()
+
+
+def test_nothing_stays_in_the_keeper(new_service: NewService, runc_container: TestContainer) -> None:
+    service = new_service()
+    api = RawApi(service.socket)
+    api.pipe(runc_container.id, "true")
+    before = footprint(service)
+    for _ in range(20):
+        api.pipe(runc_container.id, "true")
+    with api.open(runc_container.id, "cat", stdin=True, tty=True) as terminal:
+        api.call("POST", f"/exec/{terminal.id}/kill")
+    assert_no_leaks(service, before)
+    service.crash()
+    assert len(children(service.keeper)) <= 2
+    api.pipe(runc_container.id, "true")
+    after = footprint(service)
+    assert len(after.kept) <= len(before.kept) + 1
+
+
+def test_a_service_that_never_came_up_is_no_service(host_dir: Path, hosts: object) -> None:
+    """Its keeper ends as it does, with its words and its exit code, and tries no second time."""
+    argv = [str(execgate_program()), "serve", f"--state-dir={host_dir}/none", "--listen=nonsense"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("nonsense") == 1, done.stderr
