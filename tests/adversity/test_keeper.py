@@ -18,8 +18,9 @@ import pytest
 from support.api import RawApi
 from support.leaks import assert_no_leaks, footprint
 from support.processes import children
-from support.runtimes import TestContainer
-from support.service import Service, execgate_program
+from support.runtimes import RuntimeHost, TestContainer
+from support.service import Service, execgate_program, write_config
+from support.systemd import Manager
 
 NewService = Callable[..., Service]
 
@@ -211,3 +212,42 @@ def test_a_service_that_never_came_up_is_no_service(host_dir: Path, hosts: objec
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 2
     assert done.stderr.count("nonsense") == 1, done.stderr
+
+
+def test_a_restart_by_the_service_manager_loses_nothing(
+    hosts: list[RuntimeHost], container: TestContainer, host_dir: Path, event_loop_name: str
+) -> None:
+    """`systemctl restart` with a descriptor store: keeper and worker end, and a client in the midst does not notice."""
+    directory = host_dir / f"managed-{container.host.name}"
+    directory.mkdir()
+    manager = Manager(directory)
+    argv = [str(execgate_program()), "serve", "--config", str(write_config(directory, hosts))]
+    environ = {"PATH": os.environ["PATH"], "EXECGATE_EVENT_LOOP": event_loop_name}
+    log = directory / "service.log"
+    process = manager.start(argv, environ, log)
+    try:
+        api = RawApi(directory / "execgate.sock")
+        with (
+            api.open(container.id, "cat", stdin=True) as control,
+            api.open(container.id, "cat", stdin=True, tty=True) as terminal,
+        ):
+            for line in (b"one\n", b"two\n", b"three\n"):
+                assert control.echo(line) == line
+                process.send_signal(signal.SIGTERM)
+                control.send(b"meanwhile ")  # nobody is there to read it yet
+                manager.listen(process)
+                assert process.wait() == 0, log.read_text()
+                process = manager.start(argv, environ, log)
+                control.output_until(b"meanwhile ")
+            terminal.send(b"still here\n")
+            terminal.output_until(b"still here\r\nstill here\r\n")
+            terminal.send(b"\x04")
+            control.half_close()
+            assert control.finish() == (b"", b"")
+            assert [one.exit_code() for one in (control, terminal)] == [0, 0]
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        manager.listen(process)
+        process.wait()
+        manager.close()
