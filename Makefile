@@ -8,7 +8,7 @@ export PYTHONPATH := tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-stop test check bench lock clean host engines venv
+.PHONY: help demo demo-stop test check bench soak lock clean host engines venv
 
 help:                 ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,9 @@ check: venv           ## ruff and mypy --strict
 
 bench: engines venv      ## measure the service against the bare runtime and the engines of this machine
 	@$(VENV)/bin/python -m bench
+
+soak: engines venv      ## a random mix of everything with kills and reloads, SECONDS=600, SEED=
+	@$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
 lock:                 ## write requirements/*.txt anew; UPGRADE=1 takes newer versions
 	@scripts/lock $(if $(UPGRADE),--upgrade)

@@ -69,9 +69,9 @@ async def serve(config: Config, link: KeeperLink) -> None:
         link.tell("ready", *(["standby"] if config.standby else []))
         log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
         how = await ending
-        await server.stop_accepting()
         if how is Ending.LEAVE:
             await _leave(engine, server, streams, link)
+        await server.stop_accepting()
         engine.events.close()
         if engine.sessions.live:
             log.info("stops; %d running processes live on", engine.sessions.live)
@@ -83,8 +83,9 @@ async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link:
     log.info("hands over %d running processes", engine.sessions.live)
     engine.sessions.close_gate()
     engine.events.close()
-    connections = [handover.Connection(*found) for found in await server.hand_over()]
+    await server.quiesce()
     sessions = await engine.sessions.hand_over()
+    connections = [handover.Connection(*found) for found in server.hand_over()]
     handover.give(link, streams, sessions, connections, engine.events.past(0))
     await link.flushed()
     logging.shutdown()

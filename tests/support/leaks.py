@@ -60,8 +60,8 @@ def footprint(service: Service) -> Footprint:
     """Take the footprint of a running service."""
     pid = service.pid
     return Footprint(
-        descriptors=_descriptors(pid),
-        kept=_descriptors(service.keeper),
+        descriptors=descriptors(pid),
+        kept=descriptors(service.keeper),
         threads=len(os.listdir(f"/proc/{pid}/task")),
         children=children(pid),
         monitors=monitors(service.state_dir),
@@ -143,7 +143,8 @@ def _terminal(pid: int) -> str:
     return "ending"
 
 
-def _descriptors(pid: int) -> tuple[str, ...]:
+def descriptors(pid: int) -> tuple[str, ...]:
+    """Return what a process has open, by kind."""
     kinds = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:

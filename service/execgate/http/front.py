@@ -70,6 +70,7 @@ class FrontProtocol(asyncio.Protocol):
         self._left: asyncio.Future[None] | None = None
         self._request = bytearray()  # the one that is being answered, if it is one that could be asked again
         self._repeatable = False
+        self._frozen = False
         self.patient = False
         """Whether the request that is being answered waits for something that may never happen."""
 
@@ -122,6 +123,7 @@ class FrontProtocol(asyncio.Protocol):
 
     def freeze(self) -> None:
         """Read no further request."""
+        self._frozen = True
         if self._ours:
             cast("asyncio.Transport", self._transport).pause_reading()
 
@@ -166,6 +168,8 @@ class FrontProtocol(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
         self._arm(HEAD_TIMEOUT)
         self._inner.connection_made(transport)
+        if self._frozen:
+            self.freeze()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol. A successor passes its own loss on to here."""

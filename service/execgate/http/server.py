@@ -28,6 +28,8 @@ KEEPALIVE = 75.0
 """Seconds that an idle connection is kept."""
 
 _SHUTDOWN_TIMEOUT = 2.0
+_ACCEPT_TURNS = 5
+"""Turns of the event loop in which a connection that was accepted gets its protocol."""
 
 # From Python 3.13 on a loop removes a unix socket's file when its server closes. An inherited socket's is systemd's.
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
@@ -79,14 +81,12 @@ class HttpServer:
 
     async def stop_accepting(self) -> None:
         """Close the listening sockets; connections that are open stay."""
-        for server in self._servers:
-            server.close()
+        while self._servers:
+            self._servers.pop().close()
 
-    async def hand_over(self) -> list[tuple[int, bytes]]:
-        """Stop reading, let answers that come soon be given, and return the connections that can go on elsewhere.
-
-        Each is a descriptor, the caller's, and what was read from it of requests that are still to be answered.
-        """
+    async def quiesce(self) -> None:
+        """Accept and read no more, and wait, not for ever, for the answers that come soon."""
+        await self.stop_accepting()
         for front in self._fronts:
             front.freeze()
         with contextlib.suppress(TimeoutError):
@@ -94,6 +94,14 @@ class HttpServer:
                 while any(front.busy for front in self._fronts):
                     self._changed.clear()
                     await self._changed.wait()
+        for _ in range(_ACCEPT_TURNS):
+            await asyncio.sleep(0)
+
+    def hand_over(self) -> list[tuple[int, bytes]]:
+        """Return the connections that can go on elsewhere; after `quiesce`.
+
+        Each is a descriptor, the caller's, and what was read from it of requests that are still to be answered.
+        """
         return [found for front in self._fronts if (found := front.hand_over()) is not None]
 
     async def adopt(self, fd: int, read: bytes) -> None:
@@ -124,6 +132,8 @@ class HttpServer:
         )
         front = FrontProtocol(inner, max_body=MAX_BODY, told=self._told)
         self._fronts.add(front)
+        if not self._servers:  # accepted at the last moment
+            front.freeze()
         return front
 
     def _told(self, front: FrontProtocol) -> None:
