@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 BOTH = frozenset({stdcopy.STDOUT, stdcopy.STDERR})
 
 _REATTACH_GRACE = 60.0
-"""Seconds for which stdin stays open when the service that died has taken the client along."""
+"""Seconds for which stdin stays open when its client was lost with the service before this one."""
 
 
 class Execution(Protocol):
@@ -199,7 +199,7 @@ class LiveSession:
         for one in self._handed.attachments:
             if not one.first:
                 self._do(self._follow_again(one), self._following)
-        if handed is None and self.session.config.on_disconnect is OnDisconnect.DOCKER:
+        if not self._handed.attachments and self.session.config.on_disconnect is OnDisconnect.DOCKER:
             self._timers.append(asyncio.get_running_loop().call_later(_REATTACH_GRACE, self._nobody_came))
 
     async def hand_over(self) -> Handed:
