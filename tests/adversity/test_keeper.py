@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import select
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from support.api import RawApi
+from support.faults import faulty_runtime
 from support.leaks import assert_no_leaks, footprint
 from support.processes import children
 from support.runtimes import RuntimeHost, TestContainer
@@ -53,6 +55,55 @@ def test_killed_again_and_again(new_service: NewService, container: TestContaine
     ends = {one: api.wait_stopped(one) for one in (reading, plain, terminal)}
     assert [ends[one]["ExitCode"] for one in (reading, plain, terminal)] == [9, 5, 6]
     print(f"answered again after {statistics.median(answers):.3f} s (median), {max(answers):.3f} s at most")
+
+
+# The worker is the parent of conmon, which is the runtime's; only the first exec meets this.
+_ONCE = """
+if mkdir "$MARK" 2>/dev/null; then kill -9 "$(cut -d' ' -f4 /proc/$PPID/stat)"; fi
+exec "$REAL" "$@"
+"""
+
+
+def test_killed_between_the_spawn_and_the_pid_file(
+    new_service: NewService, runc: RuntimeHost, runc_container: TestContainer, host_dir: Path
+) -> None:
+    """Row 3: the start goes on without the worker, and the next one takes it up: no orphan, the right code."""
+    script = f"MARK={host_dir}/killed-in-a-start; {_ONCE}"
+    faulty = faulty_runtime(runc, host_dir / "kills", "runc", script)
+    service = new_service(flags=[f"--runtime=runc={faulty.program}"])
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", "echo here; sleep 1; exit 8", CaptureStdout=True)
+    with pytest.raises(EOFError):
+        api.start_detached(session)
+    service.await_ready()
+    assert api.wait_stopped(session)["ExitCode"] == 8
+    assert b"here" in api.call("GET", f"/exec/{session}/logs").body
+    assert api.pipe(runc_container.id, "true").exit_code == 0
+
+
+def test_killed_between_the_record_and_the_spawn(
+    new_service: NewService, runc_container: TestContainer, host_dir: Path
+) -> None:
+    """Row 2: conmon is there, and finds nothing to run, because its worker has died: the session never ran."""
+    conmon = host_dir / "conmon-that-kills"
+    real = shutil.which("conmon")
+    mark = host_dir / "killed-before-a-start"
+    conmon.write_text(f'#!/bin/sh\nif mkdir {mark} 2>/dev/null; then kill -9 $PPID; fi\nexec {real} "$@"\n')
+    conmon.chmod(0o755)
+    service = new_service(flags=[f"--conmon={conmon}"])
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", "exit 8")
+    with pytest.raises(EOFError):
+        api.start_detached(session)
+    service.await_ready()
+    inspected = api.inspect(session)
+    if inspected["Pid"] or inspected["Running"] or inspected["ExitCode"] is not None:  # its start was on record
+        code = api.wait_stopped(session)["ExitCode"]
+        assert code in (126, 127, 128, 255), "a process that was never started has an exit code"
+    else:  # it was not, and can be had again
+        assert api.start_detached(session).status == 200
+        assert api.wait_stopped(session)["ExitCode"] == 8
+    assert api.pipe(runc_container.id, "true").exit_code == 0
 
 
 def test_a_session_ends_while_nobody_serves(new_service: NewService, runc_container: TestContainer) -> None:
