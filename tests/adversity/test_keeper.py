@@ -76,7 +76,8 @@ def test_killed_between_the_spawn_and_the_pid_file(
     with pytest.raises(EOFError):
         api.start_detached(session)
     service.await_ready()
-    assert api.wait_stopped(session)["ExitCode"] == 8
+    ended = api.wait_stopped(session)
+    assert ended["ExitCode"] == 8, (ended, service.log())
     assert b"here" in api.call("GET", f"/exec/{session}/logs").body
     assert api.pipe(runc_container.id, "true").exit_code == 0
 

@@ -551,17 +551,19 @@ class AdoptedExec:
 
     async def start(self) -> ProcessIdentity:
         """Return who it is, once conmon says so if need be. StartFailed when it never came to be."""
+        message: SyncMessage | None = None
         if self._process is None and self._sync is not None:
-            message: SyncMessage | None = None
             with contextlib.suppress(TimeoutError):
                 message = await asyncio.wait_for(self._sync.next(), self._start_timeout)
             process = _pid_file_identity(self._directory)
             if process is None and message is not None and message.data is not None and message.data > 0:
-                process = pidfd.identify(message.data)
+                process = ProcessIdentity(message.data, 0)  # it ran, and is over already
             if process is not None:
                 self._know(process)
         if self._process is None:
             reason = failures.last_error(_tail(self._directory / "oci-log"))
+            if not reason and message is not None:
+                reason = message.message
             await self._undo()
             raise failures.start_failure(reason or "the service ended during the start")
         with contextlib.suppress(OSError):
