@@ -54,6 +54,7 @@ from execgate.runtime import failures, pidfd
 from execgate.runtime.fdstore import FdStore, Role, stream_name
 from execgate.runtime.readiness import Descriptor, readable
 from execgate.runtime.streams import (
+    UNRECORDED,
     AttachInput,
     AttachOutput,
     ExecStreams,
@@ -61,6 +62,7 @@ from execgate.runtime.streams import (
     Output,
     PipeInput,
     PipeOutput,
+    Recorders,
 )
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.wire import stdcopy
@@ -741,8 +743,8 @@ class _Discarded:
     def __init__(self, output: Output) -> None:
         self._output = output
 
-    async def read(self) -> tuple[int, bytes] | None:
-        while (await self._output.read()) is not None:
+    async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
+        while (await self._output.read(recorders)) is not None:
             pass
         return None
 

@@ -7,7 +7,9 @@ Two kinds exist, and whoever pumps cannot tell them apart:
 
 An `Output` is read to its end: `None` says that no more will come. `cut()` sets the end by hand: what is buffered
 *now* is still delivered, however slow the reader, and nothing after it. That is how a background child that keeps
-stdout open cannot hold the session (moby#33039). An `Input` swallows the process's own closing: when nobody reads
+stdout open cannot hold the session (moby#33039). A `read` may be cancelled as long as it waits; from taking output out
+of the pipe or socket to returning it, it does not wait. Output that is to outlive the service is not taken out first
+and kept afterwards: a `Recorder` does both at once. An `Input` swallows the process's own closing: when nobody reads
 stdin any more, `write` says so once and for all by raising `InputClosed`.
 """
 
@@ -18,8 +20,9 @@ import os
 import socket
 import struct
 import termios
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from execgate.runtime.readiness import Descriptor, ReadWaiter, WriteWaiter
@@ -39,10 +42,29 @@ class InputClosed(Exception):
     """Nobody will ever read what is written to stdin: the process closed it, or is gone."""
 
 
+class Recorder(Protocol):
+    """Takes output from where it waits and keeps it, in one step. What it cannot keep it takes all the same."""
+
+    def from_pipe(self, stream: int, pipe: int, size: int) -> bytes:
+        """Take at most `size` bytes of `stream` from a pipe, and return them; b"" at its end, else BlockingIOError."""
+
+    def packet(self, stream: int, payload: bytes, consume: Callable[[], None]) -> None:
+        """Keep a packet's payload, and call `consume`, once, which takes the packet from the head of its queue."""
+
+    def settle(self) -> None:
+        """Take note that no packet waits: the one that an earlier service kept last has been consumed."""
+
+
+Recorders = Mapping[int, Recorder]
+"""Whoever keeps a stream; one that is missing here is not kept."""
+
+UNRECORDED: Recorders = MappingProxyType({})
+
+
 class Output(Protocol):
     """Where the process's output comes out."""
 
-    async def read(self) -> tuple[int, bytes] | None:
+    async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         """Return (stream, bytes): 1 is stdout, 2 stderr. None at the end."""
 
     def cut(self) -> None:
@@ -101,8 +123,9 @@ class PipeOutput:
         self._bulk = False
         self._busy = False  # the last read was a large one
 
-    async def read(self) -> tuple[int, bytes] | None:
+    async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         """See `Output.read`."""
+        recorder = recorders.get(self.stream)
         if self._busy:
             self._busy = False
             await asyncio.sleep(
@@ -110,7 +133,7 @@ class PipeOutput:
             )  # a busy stream must not starve the others; before a read, so that a cancel loses none
         while (size := READ_SIZE if self._left is None else min(self._left, READ_SIZE)) > 0:
             try:
-                data = os.read(self._pipe.fileno(), size)
+                data = self._take(size, recorder)
             except BlockingIOError:
                 await self._waiter.wait()
                 continue
@@ -121,6 +144,10 @@ class PipeOutput:
                 self._busy = True
             return (self.stream, data) if data else None
         return None
+
+    def _take(self, size: int, recorder: Recorder | None) -> bytes:
+        fd = self._pipe.fileno()
+        return os.read(fd, size) if recorder is None else recorder.from_pipe(self.stream, fd, size)
 
     def fileno(self) -> int:
         """Return the pipe's descriptor."""
@@ -192,12 +219,14 @@ class AttachOutput:
         self._cut = False
         self._reset = False
 
-    async def read(self) -> tuple[int, bytes] | None:
+    async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         """See `Output.read`."""
         while True:
             try:
-                packet = self._socket.recv(attach.PACKET_READ_SIZE)
+                return self._take(recorders) if recorders else self._receive()
             except BlockingIOError:
+                for recorder in recorders.values():
+                    recorder.settle()
                 if self._cut:
                     return None
                 await self._waiter.wait()
@@ -206,8 +235,28 @@ class AttachOutput:
                 if self._reset:
                     return None
                 self._reset = True
+
+    def _receive(self, flags: int = 0) -> tuple[int, bytes] | None:
+        packet = self._socket.recv(attach.PACKET_READ_SIZE, flags)
+        return attach.parse_packet(packet) if packet else None
+
+    def _take(self, recorders: Recorders) -> tuple[int, bytes] | None:
+        """Receive a packet by way of whoever keeps its stream."""
+        if (chunk := self._receive(socket.MSG_PEEK)) is not None:
+            recorder = recorders.get(chunk[0])
+            if recorder is None:
+                self._consume()
             else:
-                return attach.parse_packet(packet) if packet else None
+                recorder.packet(*chunk, self._consume)
+        return chunk
+
+    def _consume(self) -> None:
+        """Take the packet that was looked at from the queue: all of it, whatever the size asked for."""
+        try:
+            self._socket.recv(1)
+        except ConnectionResetError:  # in this moment: see `read`
+            self._reset = True
+            self._socket.recv(1)
 
     def waiting(self) -> bool:
         """Return whether there is output that was not read yet."""

@@ -7,26 +7,28 @@ dropped it has lost, and it can tell: the piece that it gets begins beyond the o
 
 - `MemoryBacklog` remembers only while somebody reads, and only its last `limit` bytes.
 - `CaptureBacklog` keeps frames of `wire.stdcopy` in segment files named by the offset of their first byte, drops the
-  oldest segment when all of them hold more than `limit`, and survives the service. The file system is written and
-  read in threads (aiofiles).
+  oldest segment when all of them hold more than `limit`, and survives the service, however that ends: it is a
+  `runtime.streams.Recorder`, which takes output from where it waits (`sessions.segment` tells how). Recording happens
+  on the event loop, because nothing may come between taking a byte and keeping it: a bounded piece into the page cache.
+  Readers read in threads (aiofiles).
 """
 
 import asyncio
 import bisect
 import contextlib
-import errno
 import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiofiles
 
-from execgate.runtime.streams import READ_SIZE
+from execgate.runtime.streams import READ_SIZE, Recorder, buffered
+from execgate.sessions.segment import Frame, Segment, frames
 from execgate.wire import stdcopy
 
 log = logging.getLogger(__name__)
@@ -72,17 +74,26 @@ class Backlog(ABC):
         self.finished = False
         self._changed = asyncio.Event()
 
+    @property
+    def recorder(self) -> Recorder | None:
+        """Who adds output while taking it from its source. If there is one, `append` need not be called for that."""
+        return None
+
     @contextlib.contextmanager
     def reader(self) -> Iterator[None]:
         """Be a reader for the length of a `with`; before it nothing may be remembered."""
         yield
 
     @abstractmethod
-    async def append(self, stream: int, data: bytes) -> None:
-        """Add output; several callers take turns."""
+    def append(self, stream: int, data: bytes) -> None:
+        """Add output."""
+
+    def close(self) -> None:  # noqa: B027  (one of the two has nothing to do)
+        """Hold nothing open that only adding needs. It can be gone on with."""
 
     def finish(self) -> None:
         """Say that no more will come."""
+        self.close()
         self.finished = True
         self._tell()
 
@@ -139,7 +150,7 @@ class MemoryBacklog(Backlog):
         self.end = before.end
         self.start = self._chunks[0].offset if self._chunks else self.end
 
-    async def append(self, stream: int, data: bytes) -> None:
+    def append(self, stream: int, data: bytes) -> None:
         """See `Backlog.append`."""
         chunk = Chunk(self.end, stream, data)
         self.end = chunk.end
@@ -164,15 +175,6 @@ class MemoryBacklog(Backlog):
         return found
 
 
-@dataclass(slots=True)
-class _Segment:
-    """One file: the offset of its first byte, and how long it is."""
-
-    path: Path
-    start: int
-    size: int = 0
-
-
 class CaptureBacklog(Backlog):
     """Keeps the newest `limit` bytes (to within a segment, an eighth of it) in files of `directory`.
 
@@ -186,13 +188,14 @@ class CaptureBacklog(Backlog):
         self._broken = False  # the last write failed: what comes does not follow what is there
         self._directory = directory
         self._limit = limit
-        self._segments: deque[_Segment] = deque()
-        self._index: list[tuple[int, Path, int]] = []  # offset, segment, place in its file; every 64 KiB or so
-        self._lock = asyncio.Lock()
+        self._segments: deque[Segment] = deque()  # those with something in them
+        self._newest: Segment | None = None
+        self._index: list[tuple[int, Segment, int]] = []  # offset, segment, place in its file; every 64 KiB or so
+        self._unsettled: Frame | None = None  # the last frame of the newest segment, if it may not be consumed yet
 
     @classmethod
     async def load(cls, directory: Path, limit: int) -> "CaptureBacklog":
-        """Return what an earlier service kept in `directory`; a last frame that is not whole is cut off."""
+        """Return what an earlier service kept in `directory`: all that it had consumed, wherever it was killed."""
         found = cls(directory, limit)
         await asyncio.to_thread(found._scan)
         return found
@@ -201,110 +204,157 @@ class CaptureBacklog(Backlog):
         """Delete the files."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def append(self, stream: int, data: bytes) -> None:
-        """See `Backlog.append`."""
-        async with self._lock:
-            offset = self.end
-            self.end += len(data)
-            try:
-                await self._write(offset, stdcopy.frame_header(stream, len(data)) + data)
-                self._broken = False
-            except OSError as error:
-                if not self._broken:
-                    log.error("output from %d on is not captured: %s: %s", offset, self._directory, error)
-                self.failed = self._broken = True
+    # -- recording ---------------------------------------------------------------------------------------------------
+
+    @property
+    def recorder(self) -> Recorder:
+        """See `Backlog.recorder`."""
+        return self
+
+    def from_pipe(self, stream: int, pipe: int, size: int) -> bytes:
+        """See `Recorder.from_pipe`."""
+        size = min(size, buffered(pipe) or 1)  # with nothing there a byte is asked for: there may be an end of file
+        try:
+            segment = self._room(stdcopy.HEADER_SIZE + size)
+            position = segment.size
+            data = segment.splice(stream, pipe, size)
+        except BlockingIOError:
+            raise
+        except OSError:  # the disk is full, or of a kind that nothing can be spliced to
+            if data := os.read(pipe, size):
+                self.append(stream, data)
+            return data
+        if data:
+            self._added(segment, position, len(data))
+        return data
+
+    def packet(self, stream: int, payload: bytes, consume: Callable[[], None]) -> None:
+        """See `Recorder.packet`.
+
+        A packet that equals the last frame, if that is not known to be consumed, is that one: it was written by an
+        earlier service that was killed before it consumed it. This is wrong in one case: it was killed just after it
+        had consumed it, within microseconds, and an equal packet was waiting behind. That one is missing then.
+        """
+        if (kept := self._unsettled) is None or (kept.stream, kept.data) != (stream, payload):
+            self._append(stream, payload, marked=True)
+        consume()
+        self.settle()
+
+    def settle(self) -> None:
+        """See `Recorder.settle`."""
+        frame, self._unsettled = self._unsettled, None
+        if frame is not None and self._newest is not None:
+            self._newest.unmark(frame.position)
+
+    def append(self, stream: int, data: bytes) -> None:
+        """See `Backlog.append`. For what is consumed already."""
+        self._append(stream, data, marked=False)
+
+    def close(self) -> None:
+        """See `Backlog.close`."""
+        if self._newest is not None:
+            self._newest.close()
+
+    def _append(self, stream: int, data: bytes, *, marked: bool) -> None:
+        self.settle()
+        try:
+            segment = self._room(stdcopy.HEADER_SIZE + len(data))
+            position = segment.size
+            segment.append(stream, data, marked=marked)
+        except OSError as error:
+            self._lost(len(data), error)
+            return
+        if marked:
+            self._unsettled = Frame(position, stream, data, marked)
+        self._added(segment, position, len(data))
+
+    def _room(self, size: int) -> Segment:
+        """Return the segment that the next `size` bytes of frames go to. OSError."""
+        segment = self._newest
+        if segment is None or self._broken or segment.size + size > max(self._limit // _SEGMENTS, size):
+            self.close()
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            segment = self._newest = Segment(self._directory / f"{self.end:020d}", self.end)
+        return segment
+
+    def _added(self, segment: Segment, position: int, length: int) -> None:
+        """Take note of a frame with `length` bytes of output."""
+        self._broken = False
+        self._find(segment, position)
+        self.end += length
+        while len(self._segments) > 1 and sum(segment.size for segment in self._segments) > self._limit:
+            self._drop_oldest()
         self._tell()
+
+    def _lost(self, length: int, error: OSError) -> None:
+        """Take note of a gap."""
+        if not self._broken:
+            log.error("output from %d on is not captured: %s: %s", self.end, self._directory, error)
+        self.failed = self._broken = True
+        self.end += length
+        self._tell()
+
+    def _drop_oldest(self) -> None:
+        oldest = self._segments.popleft()
+        oldest.path.unlink(missing_ok=True)
+        self._index = [entry for entry in self._index if entry[1] is not oldest]
+        self.start = self._segments[0].start
+
+    def _find(self, segment: Segment, position: int) -> None:
+        """Have the frame at `position`, which begins at `end`, found by readers."""
+        if not position:
+            self._segments.append(segment)
+        if not position or position - self._index[-1][2] >= _INDEX_EVERY:
+            self._index.append((self.end, segment, position))
+
+    def _scan(self) -> None:
+        for path in sorted(self._directory.glob("[0-9]*")):
+            segment = Segment(path, int(path.name))
+            found = segment.load()
+            for frame in found:
+                if not frame.position:
+                    self.end = segment.start
+                self._find(segment, frame.position)
+                self.end += len(frame.data)
+            if found:
+                self._newest, self._unsettled = segment, found[-1] if found[-1].marked else None
+        if self._segments:
+            self.start = self._segments[0].start
+
+    # -- reading -----------------------------------------------------------------------------------------------------
 
     async def read_now(self, offset: int) -> Sequence[Chunk]:
         """See `Backlog.read_now`."""
         place = self._place(max(offset, self.start))
         if place is None or offset >= self.end:
             return ()
-        at, path, position = place
+        at, segment, position = place
+        # Not up to the end of the file, where something may be half written when the thread comes to it.
+        size = min(_READ_SIZE, segment.size - position)
         try:
-            async with aiofiles.open(path, "rb") as file:
+            async with aiofiles.open(segment.path, "rb") as file:
                 await file.seek(position)
-                data = await file.read(_READ_SIZE)
+                data = await file.read(size)
         except OSError:  # dropped meanwhile
             return () if self._place(max(offset, self.start)) in (None, place) else await self.read_now(offset)
-        chunks = [_from(chunk, offset) for chunk in _frames(data, at) if chunk.end > offset]
-        if chunks or path == self._segments[-1].path:
+        chunks = [_from(chunk, offset) for chunk in _chunks(data, at) if chunk.end > offset]
+        if chunks or segment is self._segments[-1]:
             return chunks
         # This segment is read to its end.
         following = next((segment.start for segment in self._segments if segment.start > at), None)
         return () if following is None else await self.read_now(max(offset, following))
 
-    async def _write(self, offset: int, frame: bytes) -> None:
-        segment = self._segments[-1] if self._segments else None
-        if segment is None or self._broken or segment.size + len(frame) > max(self._limit // _SEGMENTS, len(frame)):
-            segment = _Segment(self._directory / f"{offset:020d}", offset)
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        await _append(segment, frame)
-        if not segment.size:
-            self._segments.append(segment)
-        if not segment.size or segment.size - self._index[-1][2] >= _INDEX_EVERY:
-            self._index.append((offset, segment.path, segment.size))
-        segment.size += len(frame)
-        self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        while len(self._segments) > 1 and sum(segment.size for segment in self._segments) > self._limit:
-            oldest = self._segments.popleft()
-            oldest.path.unlink(missing_ok=True)
-            self._index = [entry for entry in self._index if entry[1] != oldest.path]
-            self.start = self._segments[0].start
-
-    def _place(self, offset: int) -> tuple[int, Path, int] | None:
+    def _place(self, offset: int) -> tuple[int, Segment, int] | None:
         """Return the last known place at or before `offset`."""
         index = bisect.bisect_right(self._index, offset, key=lambda entry: entry[0])
         return self._index[index - 1] if index else None
 
-    def _scan(self) -> None:
-        for path in sorted(self._directory.glob("[0-9]*")):
-            segment = _Segment(path, int(path.name))
-            at = segment.start
-            for chunk in _frames(path.read_bytes(), at):
-                if not segment.size or segment.size - self._index[-1][2] >= _INDEX_EVERY:
-                    self._index.append((chunk.offset, path, segment.size))
-                segment.size += stdcopy.HEADER_SIZE + len(chunk.data)
-                at = chunk.end
-            with path.open("r+b") as file:
-                file.truncate(segment.size)
-            if segment.size:
-                self._segments.append(segment)
-                self.end = at
-            else:
-                path.unlink()
-        if self._segments:
-            self.start = self._segments[0].start
 
-
-async def _append(segment: _Segment, frame: bytes) -> None:
-    """Write `frame` at the end of a segment, whole or not at all. OSError."""
-    async with aiofiles.open(segment.path, "ab", buffering=0) as file:
-        try:
-            if await file.write(frame) < len(frame):  # the last bytes that there was room for
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            await file.truncate(segment.size)
-            if not segment.size:
-                segment.path.unlink()
-            raise
-
-
-def _frames(data: bytes, offset: int) -> list[Chunk]:
-    """Return the frames that `data` holds as a whole, the first one being at `offset`."""
-    chunks: list[Chunk] = []
-    position = 0
-    while len(data) - position >= stdcopy.HEADER_SIZE:
-        stream, length = stdcopy.parse_header(data, position)
-        begin = position + stdcopy.HEADER_SIZE
-        position = begin + length
-        if position > len(data):
-            break
-        chunks.append(Chunk(offset, stream, data[begin:position]))
-        offset += length
-    return chunks
+def _chunks(data: bytes, offset: int) -> Iterator[Chunk]:
+    """Yield the output in whole frames, the first one being at `offset`."""
+    for frame in frames(data):
+        yield Chunk(offset, frame.stream, frame.data)
+        offset += len(frame.data)
 
 
 def _from(chunk: Chunk, offset: int) -> Chunk:

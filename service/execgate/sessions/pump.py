@@ -19,7 +19,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from execgate.model.session import ByteCounts
-from execgate.runtime.streams import ExecStreams, Input, InputClosed, Output
+from execgate.runtime.streams import ExecStreams, Input, InputClosed, Output, Recorders
 from execgate.sessions.backlog import Backlog
 from execgate.wire import stdcopy
 from execgate.wire.detach_keys import DetachFilter
@@ -130,6 +130,7 @@ class Pump:
         self._stdin = stdin
         self._backlog = backlog
         self._captured = captured
+        self._recorders: Recorders = dict.fromkeys(captured, backlog.recorder) if backlog.recorder is not None else {}
         self._client: Client | None = None
         self._wanted: frozenset[int] = frozenset()
         self._left: Callable[[Departure], None] = lambda _: None
@@ -172,17 +173,18 @@ class Pump:
             for task in helpers:
                 task.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+            self._backlog.close()
 
     def lose(self) -> None:
         """Take note that the first client is gone, which neither its input nor any output has told."""
         self._leave(Departure.GONE)
 
     async def _forward(self, output: Output) -> None:
-        while (chunk := await output.read()) is not None:
+        while (chunk := await output.read(self._recorders)) is not None:
             stream, data = chunk
             self._count[stream] += len(data)
-            if stream in self._captured:
-                await self._keep(stream, data)
+            if stream in self._captured and stream not in self._recorders:
+                self._backlog.append(stream, data)
             if self._client is not None and stream in self._wanted:
                 try:
                     await self._client.send(stream, data)
@@ -190,24 +192,6 @@ class Pump:
                     self._leave(Departure.GONE)
                     if self._feeding is not None:
                         self._feeding.cancel()
-
-    async def _keep(self, stream: int, data: bytes) -> None:
-        """Capture what was read. A service that stops does so after this: the pipe no longer has it."""
-        keeping = asyncio.ensure_future(self._backlog.append(stream, data))
-        try:
-            await asyncio.shield(keeping)
-        except asyncio.CancelledError:
-            await asyncio.wait([keeping])
-            await self._accept(stream, data)
-            raise
-
-    async def _accept(self, stream: int, data: bytes) -> None:
-        """Have the client accept what was read, without waiting until it is sent: the next service sends it."""
-        if self._client is not None and stream in self._wanted:
-            sending = asyncio.ensure_future(self._client.send(stream, data))
-            await asyncio.sleep(0)  # which is the step in which it is accepted
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
 
     async def _feed(self, feeder: "Feeder") -> None:
         if (departure := await feeder.run()) is not None:

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -189,6 +189,100 @@ async def test_attach_cut(attach: tuple[socket.socket, socket.socket]) -> None:
     theirs.send(b"\x02there")
     output.cut()
     assert await everything(output) == b"there"
+
+
+class Keeping:
+    """Keeps what it records in memory, and says what it was asked for. `before_consuming` happens at that moment."""
+
+    def __init__(self, before_consuming: Callable[[], None] = lambda: None) -> None:
+        self.kept: list[tuple[int, bytes]] = []
+        self.sizes: list[int] = []
+        self.settled = 0
+        self._before_consuming = before_consuming
+
+    def from_pipe(self, stream: int, pipe: int, size: int) -> bytes:
+        data = os.read(pipe, size)
+        self.sizes.append(size)
+        self.kept.append((stream, data))
+        return data
+
+    def packet(self, stream: int, payload: bytes, consume: Callable[[], None]) -> None:
+        self.kept.append((stream, payload))
+        self._before_consuming()
+        consume()
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+async def test_a_pipe_that_is_recorded(pipe: Pipe) -> None:
+    """The recorder takes it out, no more than a cut leaves, and is asked for the end of file, too."""
+    output, keeping = PipeOutput(pipe.read, 2), Keeping()
+    reading = asyncio.create_task(output.read({2: keeping}))
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    os.write(pipe.write.fileno(), b"first")
+    assert await asyncio.wait_for(reading, SOON) == (2, b"first")
+    os.write(pipe.write.fileno(), b"there")
+    output.cut()
+    os.write(pipe.write.fileno(), b"late")
+    assert await output.read({2: keeping}) == (2, b"there")
+    assert await output.read({2: keeping}) is None
+    assert keeping.kept == [(2, b"first"), (2, b"there")]
+    assert keeping.sizes == [READ_SIZE, 5]
+
+
+async def test_a_recorded_pipe_to_its_end(pipe: Pipe) -> None:
+    output, keeping = PipeOutput(pipe.read, 1), Keeping()
+    pipe.write.close()
+    assert await output.read({1: keeping}) is None
+    assert keeping.kept == [(1, b"")]
+
+
+async def test_a_pipe_of_which_only_another_is_recorded(pipe: Pipe) -> None:
+    keeping = Keeping()
+    os.write(pipe.write.fileno(), b"out")
+    assert await PipeOutput(pipe.read, 1).read({2: keeping}) == (1, b"out")
+    assert keeping.kept == []
+
+
+async def test_a_terminal_that_is_recorded(attach: tuple[socket.socket, socket.socket]) -> None:
+    """A packet is in its queue until it is kept; and that none waits is told."""
+    ours, theirs = attach
+    queue: list[bytes] = []
+    keeping = Keeping(lambda: queue.append(ours.recv(9000, socket.MSG_PEEK)))
+    output = AttachOutput(ours)
+    packets = [b"\x02one", b"\x02" + b"x" * 8192, b"\x03two"]
+    for packet in packets:
+        theirs.send(packet)
+    got = [await output.read({1: keeping, 2: keeping}) for _ in packets]
+    assert got == keeping.kept == [(1, b"one"), (1, b"x" * 8192), (2, b"two")]
+    assert queue == packets
+    assert keeping.settled == 0
+    reading = asyncio.create_task(output.read({1: keeping}))
+    await asyncio.sleep(0.01)
+    assert not reading.done()
+    assert keeping.settled == 1
+    theirs.send(b"\x03not kept")
+    assert await asyncio.wait_for(reading, SOON) == (2, b"not kept")
+    theirs.close()
+    assert await output.read({1: keeping}) is None
+    assert keeping.kept == got
+
+
+async def test_a_terminal_whose_conmon_goes_while_a_packet_is_kept(
+    attach: tuple[socket.socket, socket.socket],
+) -> None:
+    """It leaves input unread, which the kernel tells before the packet: that has been kept, and must be consumed."""
+    ours, theirs = attach
+    await AttachInput(ours).write(b"never read")
+    keeping, output = Keeping(theirs.close), AttachOutput(ours)
+    for packet in (b"\x02one", b"\x02two"):
+        theirs.send(packet)
+    assert await output.read({1: keeping}) == (1, b"one")
+    assert await output.read({1: keeping}) == (1, b"two")
+    assert await output.read({1: keeping}) is None
+    assert keeping.kept == [(1, b"one"), (1, b"two")]
 
 
 async def test_attach_input_in_packets_that_conmon_takes_whole(attach: tuple[socket.socket, socket.socket]) -> None:

@@ -12,7 +12,7 @@ from execgate.model.config import ConsoleSize, OnDisconnect
 from execgate.model.errors import Conflict, Internal
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
-from execgate.runtime.streams import ExecStreams
+from execgate.runtime.streams import UNRECORDED, ExecStreams, Recorders
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog
 from execgate.sessions.events import EventBus
@@ -61,7 +61,7 @@ class FakeOutput:
     def __init__(self) -> None:
         self.chunks: asyncio.Queue[bytes] = asyncio.Queue()
 
-    async def read(self) -> tuple[int, bytes] | None:
+    async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         data = await self.chunks.get()
         return (1, data) if data else None
 
@@ -318,7 +318,7 @@ async def test_the_keys_detach_and_nothing_follows(stage: Stage) -> None:
 async def test_whoever_comes_after_the_end_and_goes_in_the_middle(stage: Stage) -> None:
     """What was captured is read by one who hangs up: there is no process that this could mean anything to."""
     backlog = CaptureBacklog(stage.path / "capture", 1 << 20)
-    await backlog.append(1, b"kept")
+    backlog.append(1, b"kept")
     session = new_session(on_disconnect=OnDisconnect.KILL, capture_stdout=True)
     live = LiveSession(session, stage.ledger, backlog, drain=0, grace=0, over=stage.over.append)
     client = FakeClient()
@@ -358,7 +358,7 @@ async def test_only_the_slow_watcher_suffers(stage: Stage) -> None:
     with live.backlog.reader():
         watching = asyncio.create_task(live.attach(slow, 0, stdin=False, wanted=BOTH))
         for _ in range(100):
-            await live.backlog.append(1, b"12345678")
+            live.backlog.append(1, b"12345678")
         await asyncio.wait_for(watching, SOON)
     assert slow.end == "finish"
     assert "too slowly" in slow.message

@@ -1,13 +1,17 @@
 """The pump: bytes from a client to a process and back, and everybody who may leave in between."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Set
+from pathlib import Path
 
 import pytest
 
 from execgate.model.session import ByteCounts, ExitSource, ExitStatus
-from execgate.runtime.streams import ExecStreams, InputClosed
-from execgate.sessions.backlog import Backlog, Chunk, MemoryBacklog
+from execgate.runtime.readiness import Descriptor
+from execgate.runtime.streams import UNRECORDED, ExecStreams, InputClosed, Output, PipeOutput, Recorders
+from execgate.sessions.backlog import Backlog, CaptureBacklog, Chunk, MemoryBacklog
 from execgate.sessions.pump import ClientGone, Departure, Feeder, Pump, Stdin
 
 CTRL_P_CTRL_Q = b"\x10\x11"
@@ -26,7 +30,7 @@ class FakeOutput:
         if not held_open:
             self._end.set()
 
-    async def read(self) -> tuple[int, bytes] | None:
+    async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         await asyncio.sleep(0)
         if self._chunks:
             return self._stream, self._chunks.pop(0)
@@ -113,18 +117,20 @@ class Pumped:
     def __init__(
         self,
         client: FakeClient | None,
-        *outputs: FakeOutput,
+        *outputs: Output,
         stdin: FakeInput | None = None,
         tty: bool = False,
         backlog: Backlog | None = None,
         wanted: frozenset[int] = BOTH,
-        captured: frozenset[int] = BOTH,
+        captured: Set[int] = BOTH,
     ) -> None:
         self.stdin = Stdin(stdin)
         self.backlog = backlog or MemoryBacklog()
         self.departure: asyncio.Future[Departure] = asyncio.get_running_loop().create_future()
         self.on_departure: Callable[[], None] = lambda: None
-        self.pump = Pump(ExecStreams(outputs=outputs, input=stdin), self.stdin, self.backlog, captured=captured)
+        self.pump = Pump(
+            ExecStreams(outputs=outputs, input=stdin), self.stdin, self.backlog, captured=frozenset(captured)
+        )
         self._client, self._wanted, self._keys = client, wanted, CTRL_P_CTRL_Q if tty else b""
 
     async def run(self, exited: "asyncio.Future[ExitStatus]", drain: float) -> None:
@@ -330,18 +336,6 @@ async def test_cancelled() -> None:
 # -- what more than one reads
 
 
-class SlowBacklog(MemoryBacklog):
-    """Takes its time, as a disk does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.room = asyncio.Event()
-
-    async def append(self, stream: int, data: bytes) -> None:
-        await self.room.wait()
-        await super().append(stream, data)
-
-
 async def test_only_what_is_captured_is_kept_and_only_what_is_wanted_is_sent() -> None:
     client = FakeClient(then="silence")
     pumped = pump_of(
@@ -367,21 +361,48 @@ async def test_what_has_passed_is_counted_whoever_wanted_it() -> None:
     assert pumped.pump.transferred == ByteCounts(stdin=5, stdout=3, stderr=4)
 
 
-async def test_output_that_was_read_is_captured_even_if_the_service_stops() -> None:
-    """The pipe no longer has it: who stops between the two loses it for ever."""
-    backlog = SlowBacklog()
-    pumped = pump_of(None, FakeOutput([b"read"], held_open=True), backlog=backlog)
-    with backlog.reader():
+async def test_output_that_was_read_is_captured_even_if_the_service_stops(tmp_path: Path) -> None:
+    """The pipe no longer has it: who stops between the two loses it for ever. The first client has not taken it yet."""
+    backlog, client = CaptureBacklog(tmp_path / "c", 1 << 20), FakeClient(then="silence")
+    client.room.clear()
+    with open_pipe() as (read, write):
+        pumped = pump_of(client, PipeOutput(read, 1), backlog=backlog)
         task = asyncio.create_task(pumped.run(running(), 10))
-        for _ in range(20):
-            await asyncio.sleep(0)
+        os.write(write.fileno(), b"read")
+        async with asyncio.timeout(SOON):
+            await backlog.read(0)
+        os.write(write.fileno(), b"waiting")
+        assert held_open(tmp_path), "nothing was held open while it was recorded"
         task.cancel()
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert not task.done()
-        backlog.room.set()
         await asyncio.gather(task, return_exceptions=True)
         assert await backlog.read_now(0) == [Chunk(0, 1, b"read")]
+        assert os.read(read.fileno(), 100) == b"waiting"
+    assert not held_open(tmp_path)
+
+
+async def test_one_output_is_captured_and_the_other_is_not(tmp_path: Path) -> None:
+    backlog, client = CaptureBacklog(tmp_path / "c", 1 << 20), FakeClient(then="silence")
+    with open_pipe() as (out, out_write), open_pipe() as (err, err_write):
+        for write, data in ((out_write, b"out"), (err_write, b"err")):
+            os.write(write.fileno(), data)
+            write.close()
+        await run(pump_of(client, PipeOutput(out, 1), PipeOutput(err, 2), backlog=backlog, captured={2}), done())
+    assert sorted(client.got) == [(1, b"out"), (2, b"err")]
+    assert await backlog.read_now(0) == [Chunk(0, 2, b"err")]
+    assert not held_open(tmp_path)
+
+
+@contextlib.contextmanager
+def open_pipe() -> Iterator[tuple[Descriptor, Descriptor]]:
+    read, write = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC))
+    with contextlib.closing(read), contextlib.closing(write):
+        yield read, write
+
+
+def held_open(directory: Path) -> list[str]:
+    """Return which of this process's descriptors are files below `directory`."""
+    links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.startswith(str(directory))]
 
 
 async def test_a_client_that_is_lost_without_a_word() -> None:
