@@ -40,8 +40,9 @@ _GIVE_TIMEOUT = 5.0
 _STABLE = 1.0
 """Seconds of service after which a death counts as the first one."""
 
-_DELAY_FIRST, _DELAY_MAX = 0.1, 10.0
-"""Seconds before a worker is replaced that did not serve for long: doubled each time. Else there is none."""
+_DELAY_FIRST, _DELAY_SERVED_MAX, _DELAY_MAX = 0.1, 0.4, 10.0
+"""Seconds before a worker is replaced that did not serve for long: doubled each time, up to the second number if it did
+serve, to the third if it never came so far. Else there is none."""
 
 _MAX_KEPT = 1_000_000
 _MESSAGES_PER_TURN = 256
@@ -347,15 +348,16 @@ class Keeper:
         self._promote()
 
     def _count_failure(self, worker: Worker, code: int) -> None:
-        served = 0.0 if worker.served_since is None else time.monotonic() - worker.served_since
-        if served >= _STABLE:
-            self._delay = 0.0
+        if worker.served_since is None:
+            self._lengthen_delay(_DELAY_MAX)
+        elif time.monotonic() - worker.served_since < _STABLE:
+            self._lengthen_delay(_DELAY_SERVED_MAX)
         else:
-            self._lengthen_delay()
+            self._delay = 0.0
         say(f"worker {worker.pid} {ending(code)}; another one follows in {self._delay:g} s")
 
-    def _lengthen_delay(self) -> None:
-        self._delay = min(_DELAY_MAX, max(_DELAY_FIRST, 2 * self._delay))
+    def _lengthen_delay(self, most: float = _DELAY_MAX) -> None:
+        self._delay = min(most, max(_DELAY_FIRST, 2 * self._delay))
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
