@@ -4,6 +4,7 @@
 same command line once more as a worker, which finds the way to its keeper in the environment.
 """
 
+import gc
 import os
 import sys
 
@@ -16,8 +17,10 @@ def main() -> int:
         from execgate.keeper.keeper import run  # noqa: PLC0415
 
         return run([sys.executable, "-m", "execgate", *sys.argv[1:]])
+    gc.disable()  # until everything is imported, which is most of what a short command does
     from execgate.cli import main as command_line  # noqa: PLC0415
 
+    gc.enable()
     return command_line()
 
 

@@ -183,10 +183,12 @@ class HijackedStream:
     def hand_over(self) -> tuple[int, StreamState] | None:
         """Stop, and return a descriptor of the connection (the caller's, close-on-exec) and where it stands.
 
-        From now on no byte moves and nothing is accepted: `send` and `receive` wait until they are cancelled or the
-        session parts from the stream with `abandon`, and `wait_closed` too. None when there is nothing to hand over:
-        the client is gone, it was done before, or answers to earlier requests are still in the transport's own buffer,
-        where nobody can take them out; in that case the stream goes on.
+        From now on no byte moves and nothing is accepted. To the session it looks as if the client was silent: `send`,
+        `receive` and `wait_closed` wait until they are cancelled, or the session parts from the stream with `abandon`.
+        Where the session is done with it already, nobody but the HTTP request waits, and is let go.
+
+        None when there is nothing to hand over: the client is gone, it was done before, or answers to earlier requests
+        are still in the transport's own buffer, where nobody can take them out; in that case the stream goes on.
         """
         if self._gone or self._handed_over or (self._parking is not None and not self._parking.empty):
             return None
@@ -205,6 +207,8 @@ class HijackedStream:
         fd = self._socket.detach()
         if self._parking is not None:
             self._parking.end()
+        if self._finished:
+            self._settle()
         return fd, state
 
     # -- parking.Occupant -------------------------------------------------------------------------------------------

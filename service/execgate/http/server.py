@@ -61,7 +61,7 @@ class HttpServer:
             handler_cancellation=False,
             shutdown_timeout=_SHUTDOWN_TIMEOUT,
         )
-        self._streams = app[OPEN_STREAMS]
+        self.streams = app[OPEN_STREAMS]
         self._servers: list[asyncio.Server] = []
         self._fronts: set[FrontProtocol] = set()
         self._changed = asyncio.Event()
@@ -115,7 +115,7 @@ class HttpServer:
         """End what is still open."""
         await self.stop_accepting()
         await self._runner.cleanup()
-        for stream in self._streams:
+        for stream in self.streams:
             stream.abandon()
 
     def _new_connection(self) -> FrontProtocol:
