@@ -213,9 +213,10 @@ class CaptureBacklog(Backlog):
 
     def from_pipe(self, stream: int, pipe: int, size: int) -> bytes:
         """See `Recorder.from_pipe`."""
-        size = min(size, buffered(pipe) or 1)  # with nothing there a byte is asked for: there may be an end of file
+        waiting = min(size, buffered(pipe))
+        size = waiting or size  # nothing is there: it may come just now, or there may be an end of file
         try:
-            segment = self._room(stdcopy.HEADER_SIZE + size)
+            segment = self._room(stdcopy.HEADER_SIZE + max(waiting, 1))
             position = segment.size
             data = segment.splice(stream, pipe, size)
         except BlockingIOError:

@@ -116,6 +116,19 @@ async def test_no_more_than_was_asked_for(tmp_path: Path, source: Source) -> Non
     backlog.close()
 
 
+async def test_what_comes_after_the_look_and_before_the_taking(
+    tmp_path: Path, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written at once is kept at once, as it is without a recorder."""
+    backlog = CaptureBacklog(tmp_path / "c", AMPLE)
+    monkeypatch.setattr(BUFFERED, lambda _: 0)
+    source.write(1, b"line\n")
+    assert backlog.from_pipe(1, source.read(1), READ_SIZE) == b"line\n"
+    backlog.finish()
+    assert await everything(backlog) == [Chunk(0, 1, b"line\n")]
+    assert await kept_in(tmp_path / "c") == [Chunk(0, 1, b"line\n")]
+
+
 async def test_a_pipe_with_nothing_in_it_and_one_at_its_end(tmp_path: Path, source: Source) -> None:
     backlog = CaptureBacklog(tmp_path / "c", AMPLE)
     with pytest.raises(BlockingIOError):
