@@ -85,7 +85,7 @@ def test_killed_between_the_spawn_and_the_pid_file(
 def test_killed_between_the_record_and_the_spawn(
     new_service: NewService, runc_container: TestContainer, host_dir: Path
 ) -> None:
-    """Row 2: conmon is there, and finds nothing to run, because its worker has died: the session never ran."""
+    """Row 2: conmon is there, and what it is to run may not be: the session never ran, or it did, and says which."""
     conmon = host_dir / "conmon-that-kills"
     real = shutil.which("conmon")
     mark = host_dir / "killed-before-a-start"
@@ -93,17 +93,18 @@ def test_killed_between_the_record_and_the_spawn(
     conmon.chmod(0o755)
     service = new_service(flags=[f"--conmon={conmon}"])
     api = RawApi(service.socket)
-    session = api.create(runc_container.id, "sh", "-c", "exit 8")
+    ran = runc_container.rootfs / "tmp/ran-after-all"
+    ran.unlink(missing_ok=True)
+    session = api.create(runc_container.id, "sh", "-c", "touch /tmp/ran-after-all; exit 8")
     with pytest.raises(EOFError):
         api.start_detached(session)
     service.await_ready()
-    inspected = api.inspect(session)
-    if inspected["Pid"] or inspected["Running"] or inspected["ExitCode"] is not None:  # its start was on record
-        code = api.wait_stopped(session)["ExitCode"]
-        assert code in (126, 127, 128, 255), "a process that was never started has an exit code"
-    else:  # it was not, and can be had again
-        assert api.start_detached(session).status == 200
-        assert api.wait_stopped(session)["ExitCode"] == 8
+    if api.inspect(session)["ExitCode"] is None and not api.inspect(session)["Running"]:
+        assert not ran.exists()
+        assert api.start_detached(session).status == 200  # its start was not on record: it can be had again
+    code = api.wait_stopped(session)["ExitCode"]
+    assert (code == 8) == ran.exists(), f"{code}, and it did {'' if ran.exists() else 'not '}run"
+    assert code in (8, 126, 127, 128, 255)
     assert api.pipe(runc_container.id, "true").exit_code == 0
 
 
