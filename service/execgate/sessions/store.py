@@ -56,7 +56,10 @@ class SessionStore:
     """The records of all sessions that are known. Safe against other processes, not against other threads."""
 
     def __init__(self, path: Path, *, boot_id: str, lost: Callable[[], Iterable[str]] = tuple) -> None:
-        """Open the file, or begin one. One that is broken is set aside, and `lost` is asked for the records."""
+        """Open the file, or begin one; one that is broken is set aside.
+
+        `lost` are the records of sessions that may still run, from elsewhere: those that the file lacks are added.
+        """
         self._path = path
         self._known: dict[SessionId, ExecSession] = {}
         self._by_container: dict[ContainerId, dict[SessionId, ExecSession]] = {}
@@ -68,13 +71,14 @@ class SessionStore:
             except sqlite3.DatabaseError as error:
                 if error.sqlite_errorcode not in _BROKEN:
                     raise
-                rows = self._begin_anew(boot_id, str(error), lost())
+                rows = self._begin_anew(boot_id, str(error))
         for session_id, record in rows:
             try:
                 self._remember(_load_as(path, session_id, record))
             except Internal as error:  # one that nobody can read is nobody's: it must not keep the service down
                 log.error("a session's record is dropped: %s (%s)", session_id[:12], error.hint)
                 self._delete([SessionId(session_id)])
+        self._add_lost(boot_id, lost())
 
     def close(self) -> None:
         """Close the file."""
@@ -204,19 +208,23 @@ class SessionStore:
             self._db.close()
             raise
 
-    def _begin_anew(self, boot_id: str, reason: str, records: Iterable[str]) -> list[tuple[str, str]]:
-        """Set a broken file aside, and begin one with what else is known of the sessions."""
+    def _add_lost(self, boot_id: str, records: Iterable[str]) -> None:
+        """Add the sessions that run and that the file does not know, because it is new, or was damaged or deleted."""
+        found = [session for session in map(_load_or_none, records) if session and session.container.boot_id == boot_id]
+        missing = [session for session in found if session.id not in self._known]
+        for session in missing:
+            self.add(session)
+        if missing:
+            log.warning("%d running sessions that the store did not know are taken over", len(missing))
+
+    def _begin_anew(self, boot_id: str, reason: str) -> list[tuple[str, str]]:
+        """Set a broken file aside, and begin another one."""
         aside = self._path.with_suffix(".broken")
         self._path.replace(aside)
         for rest in ("-wal", "-shm"):
             self._path.with_name(self._path.name + rest).unlink(missing_ok=True)
         self._open(boot_id)
-        found = [session for session in map(_load_or_none, records) if session and session.container.boot_id == boot_id]
-        for session in found:
-            self.add(session)
-        log.error(
-            "the session store was broken (%s) and is now %s; %d sessions are taken over", reason, aside, len(found)
-        )
+        log.error("the session store was broken (%s) and is now %s", reason, aside)
         return []
 
     def _prepare(self, boot_id: str) -> None:

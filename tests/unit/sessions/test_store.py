@@ -252,14 +252,17 @@ def test_no_database(path: Path) -> None:
     assert read_sessions(path) == [known]
 
 
-def test_a_database_that_is_whole_asks_nobody(open_store: Open, path: Path) -> None:
-    session = new_session()
+def test_a_database_that_was_deleted(open_store: Open, path: Path) -> None:
+    """What it does not know is added; what it knows is as it says, and not as it was once elsewhere."""
+    known, deleted = new_session(), new_session()
     store = open_store()
-    store.add(session)
+    store.add(known)
+    after = store.move(known, replace(known, state=SessionState.STARTING))
     store.close()
-    again = SessionStore(path, boot_id="boot", lost=lambda: pytest.fail("the records were asked for"))
+    texts = [store_module._dump(known), store_module._dump(deleted)]
+    again = SessionStore(path, boot_id="boot", lost=lambda: texts)
     try:
-        assert again.all() == [session]
+        assert again.all() == [after, deleted]
     finally:
         again.close()
 
