@@ -215,7 +215,7 @@ class SessionStore:
         for session in missing:
             self.add(session)
         if missing:
-            log.warning("%d running sessions that the store did not know are taken over", len(missing))
+            log.warning("%d sessions are taken over from their directories: the store did not know them", len(missing))
 
     def _begin_anew(self, boot_id: str, reason: str) -> list[tuple[str, str]]:
         """Set a broken file aside, and begin another one."""
