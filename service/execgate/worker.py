@@ -131,10 +131,6 @@ class KeeperLink:
         protocol.close_all(rest.values())
         return len(rest)
 
-    def kept(self) -> dict[str, int]:
-        """Return what is kept now, by name, with the numbers that it has here."""
-        return dict(self._kept)
-
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _send(self, verb: str, words: Sequence[str], fds: Sequence[int]) -> None:
