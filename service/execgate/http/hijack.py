@@ -10,6 +10,8 @@ The rules, and who needs them:
   asked for.
 - The end is a half-close of ours, and then a bounded wait for the client's, while what it still sends is thrown
   away. A plain close with unread input would make the kernel reset the connection and lose the last output.
+- Much output is not copied: it is promised to the connection, in its turn among what is sent, while it still waits in
+  its pipe (`runtime.streams.Waiting`), and the kernel moves it from there. Much input likewise.
 - At every moment it is known which bytes are on the wire, so that the connection can be handed to another process,
   in the middle of a frame if need be. Output is *accepted* before anything is awaited: from then on it is the
   stream's, whatever becomes of the caller. Input is taken from the wire by calls that await nothing after it.
@@ -18,25 +20,32 @@ The rules, and who needs them:
 import asyncio
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 import termios
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
+from typing import cast
 
 from execgate.http.dialects import dialect_named
 from execgate.http.hang_ups import HangUps, hung_up
 from execgate.http.parking import Parking
 from execgate.runtime.readiness import ReadWaiter, WriteWaiter
+from execgate.runtime.streams import SPLICE_MIN, Unspliceable, Waiting, buffered
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
 
 READ_SIZE = 256 * 1024
 """The most that one read takes."""
 
-_CHUNKS_AT_ONCE = 16
+SEND_BUFFER = 256 * 1024
+"""Bytes that a unix socket takes before its peer reads: a whole read of ours, which by the kernel's default takes two.
+The kernel doubles what it is asked for, and uses some of it for its own books (socket(7))."""
+
+_PIECES_AT_ONCE = 16
 _HEAD_READ_TIMEOUT = 1.0
 _HEAD_READ_POLL = 0.001
 _TCP_HEAD_PAUSE = 0.005
@@ -102,6 +111,8 @@ class HijackedStream:
         self, connection: socket.socket, state: StreamState, streams: OpenStreams, parking: Parking | None = None
     ) -> None:
         connection.setblocking(False)
+        if connection.family == socket.AF_UNIX:  # one of TCP grows by itself, unless it is told
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._socket = connection
         self._parking = parking
         self._streams = streams
@@ -115,6 +126,7 @@ class HijackedStream:
         self._gone = False
         self._handed_over = False
         self._took = False  # the last step was a read that had not to wait
+        self._spliceable = True
         self._turn = asyncio.Lock()  # whose turn it is to write
         self._readable = ReadWaiter(connection.fileno())
         self._writable = WriteWaiter(connection.fileno())
@@ -146,6 +158,31 @@ class HijackedStream:
         if not self._gone and not self._handed_over:
             self._accept(stream, data)
         await self._deliver()
+
+    async def send_waiting(self, waiting: Waiting) -> None:
+        """Send output that waits in a pipe; return once it is on the wire. ClientGone.
+
+        It is accepted at once, as by `send`: a call that is cancelled must not be repeated, and nobody may read the
+        pipe before the connection is handed over, which takes the rest out, or closed.
+        """
+        if not self._gone and not self._handed_over:
+            if self._multiplexed:
+                self._output.add(stdcopy.frame_header(waiting.stream, waiting.left))
+            self._output.promise(waiting)
+        await self._deliver()
+
+    def splice(self, target: int) -> int:
+        """Move input that waits to a pipe (`runtime.streams.Inflow`)."""
+        closed = self._finished or self._gone or self._handed_over
+        if closed or self._held or self._eof or not self._spliceable or buffered(self._socket.fileno()) < SPLICE_MIN:
+            return 0
+        try:
+            return os.splice(self._socket.fileno(), target, READ_SIZE, flags=os.SPLICE_F_NONBLOCK)
+        except (BlockingIOError, BrokenPipeError):
+            raise
+        except OSError:  # `receive` tells whether it is the connection's end, or only that the kernel refuses
+            self._spliceable = False
+            return 0
 
     async def receive(self) -> bytes:
         """Return input; b"" once the client has ended it. ClientGone, behind the last that it sent."""
@@ -192,11 +229,17 @@ class HijackedStream:
         """
         if self._gone or self._handed_over or (self._parking is not None and not self._parking.empty):
             return None
+        head = len(self._head) if self._opening is not None and not self._opening.done() else None
+        try:
+            unsent = self._head.take() + self._output.take()
+        except OSError:  # promised output is gone, which is a bug of whoever promised it: the client must not go on
+            self._close()
+            raise
         state = StreamState(
             dialect=self._dialect.name,
             multiplexed=self._multiplexed,
-            unsent=bytes(self._head) + bytes(self._output),
-            head=len(self._head) if self._opening is not None and not self._opening.done() else None,
+            unsent=unsent,
+            head=head,
             unread=b"".join(self._held),
             eof=self._eof,
             finished=self._finished,
@@ -368,12 +411,15 @@ class HijackedStream:
 
 
 class _Outgoing:
-    """Bytes on their way, in order. `accepted` and `written` count all that ever were."""
+    """Bytes on their way, in order: some here, some in the pipe where they wait.
 
-    __slots__ = ("_chunks", "accepted", "written")
+    `accepted` and `written` count all that ever were.
+    """
+
+    __slots__ = ("_pieces", "accepted", "written")
 
     def __init__(self, data: bytes) -> None:
-        self._chunks: deque[memoryview] = deque()
+        self._pieces: deque[memoryview | Waiting] = deque()
         self.accepted = 0
         self.written = 0
         self.add(data)
@@ -381,25 +427,48 @@ class _Outgoing:
     def __len__(self) -> int:
         return self.accepted - self.written
 
-    def __bytes__(self) -> bytes:
-        return b"".join(self._chunks)
-
     def add(self, data: bytes) -> None:
         """Accept it."""
         if data:
-            self._chunks.append(memoryview(data))
+            self._pieces.append(memoryview(data))
             self.accepted += len(data)
+
+    def promise(self, waiting: Waiting) -> None:
+        """Accept what is left where it waits."""
+        self._pieces.append(waiting)
+        self.accepted += waiting.left
 
     def send(self, connection: socket.socket) -> None:
         """Put on the wire what it takes now. BlockingIOError, OSError."""
-        sent = connection.sendmsg(list(islice(self._chunks, _CHUNKS_AT_ONCE)))
+        first = self._pieces[0]
+        if isinstance(first, Waiting):
+            self._splice(first, connection)
+            return
+        here = takewhile(lambda piece: isinstance(piece, memoryview), islice(self._pieces, _PIECES_AT_ONCE))
+        sent = connection.sendmsg(cast("list[memoryview]", list(here)))
         self.written += sent
         while sent:
-            first = self._chunks.popleft()
-            if sent < len(first):
-                self._chunks.appendleft(first[sent:])
+            piece = cast("memoryview", self._pieces.popleft())
+            if sent < len(piece):
+                self._pieces.appendleft(piece[sent:])
                 return
-            sent -= len(first)
+            sent -= len(piece)
+
+    def take(self) -> bytes:
+        """Take out what is not on the wire, from the pipes too. OSError, if it is not there."""
+        rest = b"".join(piece.read() if isinstance(piece, Waiting) else piece for piece in self._pieces)
+        self._pieces.clear()
+        self.written = self.accepted
+        return rest
+
+    def _splice(self, waiting: Waiting, connection: socket.socket) -> None:
+        try:
+            self.written += waiting.splice(connection.fileno())
+        except Unspliceable:
+            self._pieces[0] = memoryview(waiting.read())
+            return
+        if not waiting.left:
+            self._pieces.popleft()
 
 
 def _last_input(connection: socket.socket) -> list[bytes]:

@@ -748,6 +748,9 @@ class _Discarded:
             pass
         return None
 
+    async def bulk(self) -> None:
+        return None
+
     def cut(self) -> None:
         self._output.cut()
 

@@ -15,6 +15,7 @@ stdin any more, `write` says so once and for all by raising `InputClosed`.
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -36,6 +37,12 @@ BULK_PIPE_SIZE = 1 << 20
 pipe pages in total (pipe-user-pages-soft: 64 MiB), and above that gives new pipes a single page."""
 
 _DEFAULT_PIPE_SIZE = 64 * 1024
+
+SPLICE_MIN = 32 * 1024
+"""Below this a copy costs less than asking the kernel how much there is, and then to move it."""
+
+_REFUSALS = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+"""What splice says when it cannot serve here: the kernel, the kind of the file, or a seccomp filter (EPERM)."""
 
 
 class InputClosed(Exception):
@@ -61,17 +68,70 @@ Recorders = Mapping[int, Recorder]
 UNRECORDED: Recorders = MappingProxyType({})
 
 
+class Unspliceable(Exception):
+    """The kernel does not move these bytes; they are where they were, and have to be copied."""
+
+
+class Waiting:
+    """Output that waits in its pipe: the next `left` bytes of `stream`, which are the holder's.
+
+    Nobody else may read the pipe before they are gone, and they may be left where they are: then they are read next.
+    """
+
+    __slots__ = ("_output", "left")
+
+    def __init__(self, output: "PipeOutput", size: int) -> None:
+        self._output = output
+        self.left = size
+
+    def __repr__(self) -> str:
+        return f"<Waiting stream={self.stream} left={self.left}>"
+
+    @property
+    def stream(self) -> int:
+        """1 is stdout, 2 stderr."""
+        return self._output.stream
+
+    def splice(self, target: int) -> int:
+        """Move what `target` takes now, and return how much that is: at least a byte.
+
+        BlockingIOError when it takes none, Unspliceable when it never will, another OSError when it is at its end.
+        """
+        moved = self._output.splice(target, self.left)
+        self.left -= moved
+        return moved
+
+    def read(self) -> bytes:
+        """Copy all of it out."""
+        data = self._output.take(self.left)
+        self.left = 0
+        return data
+
+
 class Output(Protocol):
     """Where the process's output comes out."""
 
     async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         """Return (stream, bytes): 1 is stdout, 2 stderr. None at the end."""
 
+    async def bulk(self) -> Waiting | None:
+        """Return much output that is there, to be moved and not read; None when there is little: then `read`."""
+
     def cut(self) -> None:
         """End after what is buffered now."""
 
     def close(self) -> None:
         """Let go at once. Must not be called while a read is waiting."""
+
+
+class Inflow(Protocol):
+    """Where input waits that the kernel itself can move."""
+
+    def splice(self, target: int) -> int:
+        """Move to a pipe what it takes now; 0 when little waits, or nothing can be moved: then it is to be read.
+
+        BlockingIOError when the pipe is full, BrokenPipeError when nobody reads it.
+        """
 
 
 class Input(Protocol):
@@ -83,6 +143,12 @@ class Input(Protocol):
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`, waiting for room; InputClosed when nobody reads any more."""
+
+    async def splice(self, inflow: Inflow) -> bool:
+        """Take much input that waits, waiting for room; False when there is little, or it has to be written.
+
+        InputClosed when nobody reads any more.
+        """
 
     def close(self) -> None:
         """Give the process its end of file (a TTY has none to give). May be called twice."""
@@ -112,7 +178,7 @@ def buffered(fd: int) -> int:
 class PipeOutput:
     """The read end of a pipe that the process writes stdout or stderr to."""
 
-    __slots__ = ("_bulk", "_busy", "_left", "_pipe", "_waiter", "stream")
+    __slots__ = ("_busy", "_grown", "_left", "_pipe", "_spliceable", "_waiter", "stream")
 
     def __init__(self, pipe: Descriptor, stream: int) -> None:
         os.set_blocking(pipe.fileno(), False)
@@ -120,30 +186,74 @@ class PipeOutput:
         self.stream = stream
         self._waiter = ReadWaiter(pipe.fileno())
         self._left: int | None = None  # after a cut: what may still pass
-        self._bulk = False
+        self._grown = False
         self._busy = False  # the last read was a large one
+        self._spliceable = True
 
     async def read(self, recorders: Recorders = UNRECORDED) -> tuple[int, bytes] | None:
         """See `Output.read`."""
         recorder = recorders.get(self.stream)
-        if self._busy:
-            self._busy = False
-            await asyncio.sleep(
-                0
-            )  # a busy stream must not starve the others; before a read, so that a cancel loses none
+        await self._yield()
         while (size := READ_SIZE if self._left is None else min(self._left, READ_SIZE)) > 0:
             try:
                 data = self._take(size, recorder)
             except BlockingIOError:
                 await self._waiter.wait()
                 continue
-            if self._left is not None:
-                self._left -= len(data)
+            self._passed(len(data))
             if len(data) >= _DEFAULT_PIPE_SIZE:
-                self._bulk = self._bulk or _grow(self._pipe)
+                self._grown = self._grown or _grow(self._pipe)
                 self._busy = True
             return (self.stream, data) if data else None
         return None
+
+    async def bulk(self) -> Waiting | None:
+        """See `Output.bulk`. The first large piece is read, so that little output costs nothing more."""
+        if not self._busy or not self._spliceable:
+            return None
+        await self._yield()
+        size = min(buffered(self._pipe.fileno()), BULK_PIPE_SIZE)
+        if self._left is not None:
+            size = min(size, self._left)
+        if size < SPLICE_MIN:
+            return None
+        self._busy = True
+        return Waiting(self, size)
+
+    def splice(self, target: int, size: int) -> int:
+        """See `Waiting.splice`."""
+        try:
+            moved = os.splice(self._pipe.fileno(), target, size, flags=os.SPLICE_F_NONBLOCK)
+        except OSError as error:
+            if error.errno in _REFUSALS:
+                self._spliceable = False
+                raise Unspliceable from error
+            raise
+        if not moved:
+            raise OSError(errno.EIO, "output that was there is gone")
+        self._passed(moved)
+        return moved
+
+    def take(self, size: int) -> bytes:
+        """Read `size` bytes that are there. OSError, if they are not."""
+        pieces = []
+        while size:
+            pieces.append(os.read(self._pipe.fileno(), size))
+            if not pieces[-1]:
+                raise OSError(errno.EIO, "output that was there is gone")
+            size -= len(pieces[-1])
+            self._passed(len(pieces[-1]))
+        return b"".join(pieces)
+
+    async def _yield(self) -> None:
+        """A busy stream must not starve the others. Before a read, so that a cancel loses none."""
+        if self._busy:
+            self._busy = False
+            await asyncio.sleep(0)
+
+    def _passed(self, size: int) -> None:
+        if self._left is not None:
+            self._left -= size
 
     def _take(self, size: int, recorder: Recorder | None) -> bytes:
         fd = self._pipe.fileno()
@@ -167,7 +277,7 @@ class PipeOutput:
 class PipeInput:
     """The write end of the pipe that is the process's stdin. `ended` is called when it is closed."""
 
-    __slots__ = ("_bulk", "_ended", "_pipe", "_waiter", "written")
+    __slots__ = ("_ended", "_grown", "_pipe", "_waiter", "written")
 
     def __init__(self, pipe: Descriptor, ended: Callable[[], None] = lambda: None) -> None:
         os.set_blocking(pipe.fileno(), False)
@@ -175,7 +285,7 @@ class PipeInput:
         self._ended = ended
         self.written = 0
         self._waiter = WriteWaiter(pipe.fileno())
-        self._bulk = False
+        self._grown = False
 
     async def write(self, data: bytes) -> None:
         """See `Input.write`."""
@@ -188,13 +298,33 @@ class PipeInput:
                 self.written += count
                 view = view[count:]
             except BlockingIOError:
-                if not self._bulk:
-                    self._bulk = True
-                    _grow(self._pipe)
-                await self._waiter.wait()
+                await self._room()
             except BrokenPipeError:
                 self.close()
                 raise InputClosed from None
+
+    async def splice(self, inflow: Inflow) -> bool:
+        """See `Input.splice`."""
+        for _ in range(2):  # a pipe with room takes something; if not, it is a matter for `write`
+            if not self._pipe:
+                raise InputClosed
+            try:
+                moved = inflow.splice(self._pipe.fileno())
+            except BlockingIOError:
+                await self._room()
+            except BrokenPipeError:
+                self.close()
+                raise InputClosed from None
+            else:
+                self.written += moved
+                return moved > 0
+        return False
+
+    async def _room(self) -> None:
+        if not self._grown:
+            self._grown = True
+            _grow(self._pipe)
+        await self._waiter.wait()
 
     def fileno(self) -> int:
         """Return the pipe's descriptor."""
@@ -235,6 +365,10 @@ class AttachOutput:
                 if self._reset:
                     return None
                 self._reset = True
+
+    async def bulk(self) -> Waiting | None:
+        """See `Output.bulk`. A packet's first byte is no output."""
+        return None
 
     def _receive(self, flags: int = 0) -> tuple[int, bytes] | None:
         packet = self._socket.recv(attach.PACKET_READ_SIZE, flags)
@@ -288,6 +422,10 @@ class AttachInput:
         """See `Input.write`."""
         for packet in attach.input_packets(data):
             await self._send(packet)
+
+    async def splice(self, inflow: Inflow) -> bool:  # noqa: ARG002
+        """See `Input.splice`. It has to be cut in packets."""
+        return False
 
     async def _send(self, packet: memoryview) -> None:
         while not self._closed:

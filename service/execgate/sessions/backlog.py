@@ -84,9 +84,18 @@ class Backlog(ABC):
         """Be a reader for the length of a `with`; before it nothing may be remembered."""
         yield
 
+    @property
+    def watched(self) -> bool:
+        """Whether what is added now is remembered, for somebody who reads or for later."""
+        return True
+
     @abstractmethod
     def append(self, stream: int, data: bytes) -> None:
         """Add output."""
+
+    def skip(self, size: int) -> None:
+        """Add output that was not looked at; only while nothing is remembered."""
+        self.start = self.end = self.end + size
 
     def close(self) -> None:  # noqa: B027  (one of the two has nothing to do)
         """Hold nothing open that only adding needs. It can be gone on with."""
@@ -139,6 +148,11 @@ class MemoryBacklog(Backlog):
             if not self._readers:
                 self._chunks.clear()
                 self.start = self.end
+
+    @property
+    def watched(self) -> bool:
+        """See `Backlog.watched`."""
+        return self._readers > 0
 
     def remembered(self) -> Remembered:
         """Return what it holds."""

@@ -9,17 +9,29 @@ accepted, so a slow client slows the process and a slow process slows the client
 - A client's *absence* (its connection broke) is another thing: what follows from it is the session's policy. The
   output is then read and, unless captured, thrown away, so that the process goes on as if somebody listened.
 - The detach keys end the client's part, and leave stdin as it is.
+- Where nobody but the one client looks at the bytes, and there are many of them, the kernel moves them from the pipe
+  to the client's socket and back (splice(2)); else they are copied. It is decided anew for each piece.
 - The outputs end by themselves when all writers have closed. A background child may keep them open for ever: once
   the process itself has ended they get `drain` more seconds, then what is buffered is delivered and that is all.
 """
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from execgate.model.session import ByteCounts
-from execgate.runtime.streams import ExecStreams, Input, InputClosed, Output, Recorders
+from execgate.runtime.streams import (
+    SPLICE_MIN,
+    ExecStreams,
+    Inflow,
+    Input,
+    InputClosed,
+    Output,
+    Recorders,
+    Waiting,
+)
 from execgate.sessions.backlog import Backlog
 from execgate.wire import stdcopy
 from execgate.wire.detach_keys import DetachFilter
@@ -37,6 +49,14 @@ class Client(Protocol):
 
     async def receive(self) -> bytes:
         """Return input, b"" for its end; ClientGone."""
+
+
+@runtime_checkable
+class Conduit(Inflow, Protocol):
+    """A client whose bytes the kernel itself can move. It may refuse now and then: they are copied then."""
+
+    async def send_waiting(self, waiting: Waiting) -> None:
+        """As `Client.send`; but all is left in the pipe, and `waiting` still knows it, when it raises ClientGone."""
 
 
 class Departure(Enum):
@@ -77,17 +97,34 @@ class Stdin:
         """Write all of `data`, waiting for room and for one's turn. Interrupted, when it is cancelled in the middle."""
         if not data:
             return
+        with contextlib.suppress(InputClosed):
+            async with self._using() as target:
+                before = target.written
+                try:
+                    await target.write(data)
+                except asyncio.CancelledError as error:
+                    raise Interrupted(data[target.written - before :]) from error
+
+    async def splice(self, inflow: Inflow) -> bool:
+        """Take much input that waits, as `Input.splice` does. When it is cancelled, nothing is between the two."""
+        with contextlib.suppress(InputClosed):
+            async with self._using() as target:
+                return await target.splice(inflow)
+        return False
+
+    @contextlib.asynccontextmanager
+    async def _using(self) -> AsyncIterator[Input]:
+        """Have the target for oneself, and count what it gets. InputClosed, when there is none any more."""
         async with self._turn:
             target = self._target
             if self._ended or target is None:
-                return
+                raise InputClosed
             before = target.written
             try:
-                await target.write(data)
+                yield target
             except InputClosed:
                 self._target, self._ended = None, True
-            except asyncio.CancelledError as error:
-                raise Interrupted(data[target.written - before :]) from error
+                raise
             finally:
                 self.written += target.written - before
                 if self._ended:
@@ -132,6 +169,7 @@ class Pump:
         self._captured = captured
         self._recorders: Recorders = dict.fromkeys(captured, backlog.recorder) if backlog.recorder is not None else {}
         self._client: Client | None = None
+        self._conduit: Conduit | None = None  # the same one, if the kernel can serve it
         self._wanted: frozenset[int] = frozenset()
         self._left: Callable[[Departure], None] = lambda _: None
         self._feeding: asyncio.Task[None] | None = None
@@ -149,6 +187,7 @@ class Pump:
     ) -> None:
         """Take the client that the process waits for, and what carries its input; before `run`."""
         self._client, self._wanted, self._left = client, wanted, left
+        self._conduit = client if isinstance(client, Conduit) else None
         self._feeding = asyncio.ensure_future(self._feed(feeder))
 
     async def run(self, exited: asyncio.Future[Any], drain: float) -> None:
@@ -180,18 +219,44 @@ class Pump:
         self._leave(Departure.GONE)
 
     async def _forward(self, output: Output) -> None:
-        while (chunk := await output.read(self._recorders)) is not None:
-            stream, data = chunk
-            self._count[stream] += len(data)
-            if stream in self._captured and stream not in self._recorders:
-                self._backlog.append(stream, data)
-            if self._client is not None and stream in self._wanted:
-                try:
-                    await self._client.send(stream, data)
-                except ClientGone:
-                    self._leave(Departure.GONE)
-                    if self._feeding is not None:
-                        self._feeding.cancel()
+        while True:
+            if self._alone and (waiting := await output.bulk()) is not None:
+                await self._move(waiting)
+            elif (chunk := await output.read(self._recorders)) is not None:
+                await self._copy(*chunk)
+            else:
+                return
+
+    async def _copy(self, stream: int, data: bytes) -> None:
+        self._count[stream] += len(data)
+        if stream in self._captured and stream not in self._recorders:
+            self._backlog.append(stream, data)
+        if self._client is not None and stream in self._wanted:
+            try:
+                await self._client.send(stream, data)
+            except ClientGone:
+                self._lose()
+
+    async def _move(self, waiting: Waiting) -> None:
+        """Have the kernel move what waits. Those who begin to watch in the meantime see what comes after it."""
+        self._count[waiting.stream] += waiting.left
+        self._backlog.skip(waiting.left)
+        try:
+            if self._conduit is not None and waiting.stream in self._wanted:
+                await self._conduit.send_waiting(waiting)
+        except ClientGone:
+            self._lose()
+        waiting.read()  # what has become nobody's
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the first client is the only one who gets the output, and the kernel can move it there."""
+        return self._conduit is not None and not self._recorders and not self._backlog.watched
+
+    def _lose(self) -> None:
+        self._leave(Departure.GONE)
+        if self._feeding is not None:
+            self._feeding.cancel()
 
     async def _feed(self, feeder: "Feeder") -> None:
         if (departure := await feeder.run()) is not None:
@@ -203,7 +268,7 @@ class Pump:
 
     def _leave(self, departure: Departure) -> None:
         if self._client is not None:
-            self._client = None
+            self._client = self._conduit = None
             self._left(departure)
 
 
@@ -221,6 +286,7 @@ class Feeder:
         self._client = client
         self._stdin = stdin
         self._keys = DetachFilter(detach_keys, withheld)
+        self._conduit = client if not detach_keys and isinstance(client, Conduit) else None
 
     @property
     def withheld(self) -> bytes:
@@ -236,11 +302,20 @@ class Feeder:
                 await self._write(data)
                 if detach:
                     return Departure.DETACHED
+                if len(data) >= SPLICE_MIN:
+                    await self._splice()
             await self._write(self._keys.flush())
         except ClientGone:
             return Departure.GONE
         self._stdin.close()
         return None
+
+    async def _splice(self) -> None:
+        """Have the kernel move input as long as there is much of it. What it moves is never here."""
+        if self._conduit is None:
+            return
+        while await self._stdin.splice(self._conduit):  # noqa: ASYNC110  (nobody says when it is one's turn)
+            await asyncio.sleep(0)  # one who sends without a pause must not starve the others
 
     async def _write(self, data: bytes) -> None:
         self.rest = data

@@ -12,7 +12,7 @@ from execgate.model.config import ConsoleSize, OnDisconnect
 from execgate.model.errors import Conflict, Internal
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
-from execgate.runtime.streams import UNRECORDED, ExecStreams, Recorders
+from execgate.runtime.streams import UNRECORDED, ExecStreams, Inflow, Recorders
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog
 from execgate.sessions.events import EventBus
@@ -65,6 +65,9 @@ class FakeOutput:
         data = await self.chunks.get()
         return (1, data) if data else None
 
+    async def bulk(self) -> None:
+        return None
+
     def cut(self) -> None:
         self.chunks.put_nowait(b"")
 
@@ -83,6 +86,9 @@ class FakeInput:
 
     async def write(self, data: bytes) -> None:
         self.got += data
+
+    async def splice(self, inflow: Inflow) -> bool:
+        return False
 
     def close(self) -> None:
         self.closed.set()

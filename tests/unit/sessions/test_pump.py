@@ -10,7 +10,7 @@ import pytest
 
 from execgate.model.session import ByteCounts, ExitSource, ExitStatus
 from execgate.runtime.readiness import Descriptor
-from execgate.runtime.streams import UNRECORDED, ExecStreams, InputClosed, Output, PipeOutput, Recorders
+from execgate.runtime.streams import UNRECORDED, ExecStreams, Inflow, InputClosed, Output, PipeOutput, Recorders
 from execgate.sessions.backlog import Backlog, CaptureBacklog, Chunk, MemoryBacklog
 from execgate.sessions.pump import ClientGone, Departure, Feeder, Pump, Stdin
 
@@ -35,6 +35,9 @@ class FakeOutput:
         if self._chunks:
             return self._stream, self._chunks.pop(0)
         await self._end.wait()
+        return None
+
+    async def bulk(self) -> None:
         return None
 
     def cut(self) -> None:
@@ -63,6 +66,9 @@ class FakeInput:
         if self._takes is not None and len(self.got) + len(data) > self._takes:
             raise InputClosed
         self.got += data
+
+    async def splice(self, inflow: Inflow) -> bool:
+        return False
 
     def close(self) -> None:
         self.closed.set()
