@@ -36,6 +36,10 @@ BULK_PIPE_SIZE = 1 << 20
 """A pipe that proves busy grows to this. Idle ones keep 64 KiB, because the kernel limits an unprivileged user's
 pipe pages in total (pipe-user-pages-soft: 64 MiB), and above that gives new pipes a single page."""
 
+INPUT_PIPE_SIZE = 256 * 1024
+"""The same for stdin. More makes nothing faster, and what is moved by the kernel is counted in pages of any size: each
+4 KiB of a pipe can hold 32 KiB of what came by a unix socket."""
+
 _DEFAULT_PIPE_SIZE = 64 * 1024
 
 SPLICE_MIN = 32 * 1024
@@ -202,7 +206,7 @@ class PipeOutput:
                 continue
             self._passed(len(data))
             if len(data) >= _DEFAULT_PIPE_SIZE:
-                self._grown = self._grown or _grow(self._pipe)
+                self._grown = self._grown or _grow(self._pipe, BULK_PIPE_SIZE)
                 self._busy = True
             return (self.stream, data) if data else None
         return None
@@ -322,8 +326,7 @@ class PipeInput:
 
     async def _room(self) -> None:
         if not self._grown:
-            self._grown = True
-            _grow(self._pipe)
+            self._grown = _grow(self._pipe, INPUT_PIPE_SIZE)
         await self._waiter.wait()
 
     def fileno(self) -> int:
@@ -448,8 +451,8 @@ class AttachInput:
         self._waiter.release()
 
 
-def _grow(pipe: Descriptor) -> bool:
+def _grow(pipe: Descriptor, size: int) -> bool:
     """Enlarge a busy pipe; over the user's limit it stays as it is, which costs speed and nothing else."""
     with contextlib.suppress(OSError):
-        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, BULK_PIPE_SIZE)
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, size)
     return True
