@@ -24,7 +24,6 @@ import os
 import socket
 import struct
 import termios
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -120,7 +119,7 @@ class HijackedStream:
         self._multiplexed = state.multiplexed
         self._head = _Outgoing(state.unsent[: state.head or 0])
         self._output = _Outgoing(state.unsent[state.head or 0 :])
-        self._held = deque([state.unread] if state.unread else [])
+        self._held = [state.unread] if state.unread else []
         self._eof = state.eof
         self._finished = state.finished
         self._gone = False
@@ -188,7 +187,7 @@ class HijackedStream:
         """Return input; b"" once the client has ended it. ClientGone, behind the last that it sent."""
         while not self._finished or self._gone:
             if self._held:
-                return self._held.popleft()
+                return self._held.pop(0)
             if (data := await self._read()) is not None:
                 return data
         raise ClientGone
@@ -292,11 +291,13 @@ class HijackedStream:
                 await self._check()
                 try:
                     queue.send(self._socket)
+                    continue
                 except BlockingIOError:
-                    await self._writable.wait()
+                    pass
                 except OSError as error:  # EPIPE, ECONNRESET
                     self._lose()
                     raise ClientGone from error
+                await self._writable.wait()
         await self._check()
 
     async def _open(self) -> None:
@@ -332,10 +333,12 @@ class HijackedStream:
         try:
             data = self._socket.recv(READ_SIZE)
         except BlockingIOError:
-            await self._readable.wait()
-            return None
+            data = None
         except OSError:
             self._lose()
+            return None
+        if data is None:
+            await self._readable.wait()
             return None
         self._took = True
         if not data:
@@ -419,7 +422,7 @@ class _Outgoing:
     __slots__ = ("_pieces", "accepted", "written")
 
     def __init__(self, data: bytes) -> None:
-        self._pieces: deque[memoryview | Waiting] = deque()
+        self._pieces: list[memoryview | Waiting] = []  # a few: what is sent is waited for. A deque is never small
         self.accepted = 0
         self.written = 0
         self.add(data)
@@ -448,10 +451,11 @@ class _Outgoing:
         sent = connection.sendmsg(cast("list[memoryview]", list(here)))
         self.written += sent
         while sent:
-            piece = cast("memoryview", self._pieces.popleft())
+            piece = cast("memoryview", self._pieces[0])
             if sent < len(piece):
-                self._pieces.appendleft(piece[sent:])
+                self._pieces[0] = piece[sent:]
                 return
+            del self._pieces[0]
             sent -= len(piece)
 
     def take(self) -> bytes:
@@ -468,7 +472,7 @@ class _Outgoing:
             self._pieces[0] = memoryview(waiting.read())
             return
         if not waiting.left:
-            self._pieces.popleft()
+            del self._pieces[0]
 
 
 def _last_input(connection: socket.socket) -> list[bytes]:

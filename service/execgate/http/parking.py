@@ -28,7 +28,7 @@ class Parking(asyncio.Protocol):
     def __init__(self, transport: asyncio.Transport, lost: Callable[[Exception | None], None]) -> None:
         self._transport = transport
         self._lost = lost
-        self._room = asyncio.Event()
+        self._room: asyncio.Future[None] | None = None
         self._occupant: Occupant | None = None
 
     def admit(self, occupant: Occupant) -> None:
@@ -46,8 +46,8 @@ class Parking(asyncio.Protocol):
         if not self.empty:
             self._transport.set_write_buffer_limits(high=0)
         while not self.empty:
-            self._room.clear()
-            await self._room.wait()
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
 
     def end(self) -> None:
         """Close the transport's own descriptor, which says nothing to the client while there is another."""
@@ -67,7 +67,8 @@ class Parking(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
-        self._room.set()
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""

@@ -202,6 +202,8 @@ class PipeOutput:
             try:
                 data = self._take(size, recorder)
             except BlockingIOError:
+                data = None
+            if data is None:  # out here: an exception that is being handled keeps its frames as long as one waits
                 await self._waiter.wait()
                 continue
             self._passed(len(data))
@@ -301,11 +303,13 @@ class PipeInput:
                 count = os.write(self._pipe.fileno(), view)
                 self.written += count
                 view = view[count:]
+                continue
             except BlockingIOError:
-                await self._room()
+                pass
             except BrokenPipeError:
                 self.close()
                 raise InputClosed from None
+            await self._room()
 
     async def splice(self, inflow: Inflow) -> bool:
         """See `Input.splice`."""
@@ -314,14 +318,14 @@ class PipeInput:
                 raise InputClosed
             try:
                 moved = inflow.splice(self._pipe.fileno())
+                self.written += moved
+                return moved > 0
             except BlockingIOError:
-                await self._room()
+                pass
             except BrokenPipeError:
                 self.close()
                 raise InputClosed from None
-            else:
-                self.written += moved
-                return moved > 0
+            await self._room()
         return False
 
     async def _room(self) -> None:
@@ -358,16 +362,18 @@ class AttachOutput:
             try:
                 return self._take(recorders) if recorders else self._receive()
             except BlockingIOError:
-                for recorder in recorders.values():
-                    recorder.settle()
-                if self._cut:
-                    return None
-                await self._waiter.wait()
+                pass
             except ConnectionResetError:
                 # conmon closed with our input unread. The kernel says so once, *before* what still waits to be read.
                 if self._reset:
                     return None
                 self._reset = True
+                continue
+            for recorder in recorders.values():
+                recorder.settle()
+            if self._cut:
+                return None
+            await self._waiter.wait()
 
     async def bulk(self) -> Waiting | None:
         """See `Output.bulk`. A packet's first byte is no output."""
@@ -434,15 +440,14 @@ class AttachInput:
         while not self._closed:
             try:
                 self._socket.send(packet)
-            except BlockingIOError:
-                self.blocked = True
-                await self._waiter.wait()
-                self.blocked = False
-            except OSError as error:  # EPIPE, ECONNRESET: conmon is gone
-                raise InputClosed from error
-            else:
                 self.written += len(packet)
                 return
+            except BlockingIOError:
+                self.blocked = True
+            except OSError as error:  # EPIPE, ECONNRESET: conmon is gone
+                raise InputClosed from error
+            await self._waiter.wait()
+            self.blocked = False
         raise InputClosed
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class Backlog(ABC):
         self.start = 0
         self.end = 0
         self.finished = False
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None  # somebody waits for it
 
     @property
     def recorder(self) -> Recorder | None:
@@ -112,7 +112,8 @@ class Backlog(ABC):
         If the first piece begins later than `offset`, what is between was dropped.
         """
         while True:
-            changed, finished = self._changed, self.finished  # as they were *before* the look
+            changed = self._changed = self._changed or asyncio.Event()
+            finished = self.finished  # as it was *before* the look
             if chunks := await self.read_now(offset):
                 return chunks
             if finished:
@@ -124,8 +125,9 @@ class Backlog(ABC):
         """Return what follows `offset` without waiting for more."""
 
     def _tell(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        changed, self._changed = self._changed, None
+        if changed is not None:
+            changed.set()
 
 
 class MemoryBacklog(Backlog):
@@ -134,7 +136,7 @@ class MemoryBacklog(Backlog):
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:
         super().__init__()
         self._limit = limit
-        self._chunks: deque[Chunk] = deque()
+        self._chunks: deque[Chunk] | None = None  # as long as anybody reads; even an empty one is 600 bytes
         self._readers = 0
 
     @contextlib.contextmanager
@@ -146,7 +148,7 @@ class MemoryBacklog(Backlog):
         finally:
             self._readers -= 1
             if not self._readers:
-                self._chunks.clear()
+                self._chunks = None
                 self.start = self.end
 
     @property
@@ -156,13 +158,13 @@ class MemoryBacklog(Backlog):
 
     def remembered(self) -> Remembered:
         """Return what it holds."""
-        return Remembered(self.end, tuple(self._chunks))
+        return Remembered(self.end, tuple(self._chunks or ()))
 
     def restore(self, before: Remembered) -> None:
         """Hold what another one held."""
         self._chunks = deque(before.chunks)
         self.end = before.end
-        self.start = self._chunks[0].offset if self._chunks else self.end
+        self.start = before.chunks[0].offset if before.chunks else self.end
 
     def append(self, stream: int, data: bytes) -> None:
         """See `Backlog.append`."""
@@ -171,6 +173,8 @@ class MemoryBacklog(Backlog):
         if not self._readers:
             self.start = self.end
             return
+        if self._chunks is None:
+            self._chunks = deque()
         self._chunks.append(chunk)
         while self.end - self.start > self._limit and len(self._chunks) > 1:
             self.start = self._chunks.popleft().end
@@ -180,7 +184,7 @@ class MemoryBacklog(Backlog):
         """See `Backlog.read_now`."""
         found: list[Chunk] = []
         size = 0
-        for chunk in self._chunks:
+        for chunk in self._chunks or ():
             if chunk.end > offset:
                 found.append(_from(chunk, offset))
                 size += len(chunk.data)
