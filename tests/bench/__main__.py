@@ -10,10 +10,10 @@ from pathlib import Path
 
 from bench import machine
 from bench.arena import NAMES, RUNTIMES, Arena, open_arena
-from bench.measures import BLOCK, Turns
+from bench.measures import BLOCK, Streaming, Turns
 from bench.results import Results
 
-MEASURES = ("memory", "latency", "rate", "throughput")
+MEASURES = ("memory", "latency", "rate", "throughput", "interactive")
 """In this order: memory is that of a service which has not been under load yet."""
 
 PARALLEL = (1, 8, 32)
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.quick:
         options.rounds, options.latency_rounds, options.seconds = 1, 5, 0.5
-        options.megabytes, options.sessions = 64, 5
+        options.megabytes, options.sessions, options.tries = 64, 5, 20
     if os.geteuid() != 0:
         print("bench: containers of runc and crun need root: run 'sudo make bench'", file=sys.stderr)
         return 1
@@ -55,7 +55,10 @@ def measure(arena: Arena, options: argparse.Namespace) -> Results:
             for parallel in PARALLEL
         }
     if "throughput" in measures:
-        results.stdout, results.stdin = turns.throughput(arena.served, options.rounds, options.megabytes * BLOCK)
+        streaming: list[Streaming] = [*arena.served, *arena.relays]
+        results.stdout, results.stdin = turns.throughput(streaming, options.rounds, options.megabytes * BLOCK)
+    if "interactive" in measures:
+        results.interactive = turns.interactive(arena.served, options.rounds, options.tries)
     return results
 
 
@@ -70,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one turn of rate (%(default)s)")
     parser.add_argument("--megabytes", type=_positive, default=256, help="MiB in one turn of throughput (%(default)s)")
     parser.add_argument("--sessions", type=_positive, default=50, help="idle sessions (%(default)s)")
+    parser.add_argument("--tries", type=_positive, default=200, help="keys and pings in a round (%(default)s)")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"), help="where samples go (%(default)s)")
     return parser
 

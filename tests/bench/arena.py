@@ -21,12 +21,13 @@ from bench.contestants import (
 )
 from bench.engines import start_dockerd, start_podman
 from bench.places import Place, temporary_place
+from bench.relay import SPLICE_ALONE, SpliceAlone
 from support.errors import HostError
 from support.programs import find_program
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
 from support.service import Service
 
-NAMES = (RUNTIME_ALONE, CONMON_ALONE, EXECGATE, DOCKERD, PODMAN)
+NAMES = (RUNTIME_ALONE, CONMON_ALONE, SPLICE_ALONE, EXECGATE, DOCKERD, PODMAN)
 RUNTIMES: dict[str, Callable[[Path], RuntimeHost]] = {"runc": runc_host, "crun": crun_host}
 
 _FAILURES = (HostError, ApiError, OSError, subprocess.SubprocessError)
@@ -37,12 +38,13 @@ class Arena:
     """The contestants that stand on this machine, and why the others do not."""
 
     contestants: list[Contestant] = field(default_factory=list)
+    relays: list[SpliceAlone] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     """Label to reason."""
 
     @property
     def served(self) -> list[Served]:
-        """Those with streams and processes of their own."""
+        """The services."""
         return [one for one in self.contestants if isinstance(one, Served)]
 
 
@@ -74,6 +76,8 @@ def _open_runtime(
     except _FAILURES as error:
         arena.absent |= {f"{name} ({runtime})": str(error) for name in NAMES if name in names}
         return
+    if SPLICE_ALONE in names:
+        arena.relays.append(SpliceAlone(container))
     starts: dict[str, Callable[[], Contestant]] = {
         RUNTIME_ALONE: lambda: RuntimeAlone(container),
         CONMON_ALONE: lambda: ConmonAlone(container, find_program("conmon"), home.make(f"conmon-{runtime}")),

@@ -147,26 +147,38 @@ class DockerClient:
             raise ApiError(f"{method} {path}: {answer.status} {answer.body[:500].decode(errors='replace').strip()}")
         return answer
 
-    def create(self, container: str, argv: Sequence[str], *, stdin: bool = False) -> str:
+    def create(self, container: str, argv: Sequence[str], *, stdin: bool = False, tty: bool = False) -> str:
         """Create an exec with stdout and stderr attached and return its id."""
-        body = {"Cmd": list(argv), "AttachStdin": stdin, "AttachStdout": True, "AttachStderr": True}
+        body = {"Cmd": list(argv), "AttachStdin": stdin, "AttachStdout": True, "AttachStderr": True, "Tty": tty}
         answer = self.request("POST", f"{API}/containers/{container}/exec", body, expect=[201])
         return str(answer.json()["Id"])
 
     def start(self, exec_id: str) -> Stream:
         """Start an exec and take the connection over."""
+        return Stream(*self._take_over(exec_id, tty=False))
+
+    @contextlib.contextmanager
+    def terminal(self, container: str, argv: Sequence[str]) -> Iterator[tuple[str, socket.socket]]:
+        """Start an exec with a terminal; give its id, and the connection, which has nothing but its bytes."""
+        exec_id = self.create(container, argv, stdin=True, tty=True)
+        connection, _ = self._take_over(exec_id, tty=True)
+        with connection:
+            yield exec_id, connection
+
+    def _take_over(self, exec_id: str, *, tty: bool) -> tuple[socket.socket, bytes]:
+        """Start an exec; return the connection, and what came with the head."""
         connection = self._connect()
         try:
             path = f"{API}/exec/{exec_id}/start"
             upgrade = "Connection: Upgrade\r\nUpgrade: tcp\r\n"
-            connection.sendall(_request_bytes("POST", path, {"Detach": False, "Tty": False}, None, upgrade))
+            connection.sendall(_request_bytes("POST", path, {"Detach": False, "Tty": tty}, None, upgrade))
             status, _, early = _read_head(connection)
             if status != 101:
                 raise ApiError(f"POST {path}: {status} {early[:500].decode(errors='replace')}")
-            return Stream(connection, early)
         except BaseException:
             connection.close()
             raise
+        return connection, early
 
     def exit_code(self, exec_id: str) -> int:
         """Return how an exec ended, asking again for as long as the service says that it runs."""

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench.client import ApiError, DockerClient
+from bench.client import ApiError, DockerClient, Stream
 from bench.places import Place
 from support.errors import HostError
 from support.runtimes import TestContainer
@@ -29,8 +29,8 @@ Exec = Callable[[], None]
 """One exec, from its beginning until its exit code is known and right; an ApiError or HostError otherwise."""
 
 
-class Contestant(Protocol):
-    """One way to run a process in a container."""
+class Named(Protocol):
+    """Whoever has a label."""
 
     @property
     def name(self) -> str:
@@ -40,6 +40,10 @@ class Contestant(Protocol):
     def runtime(self) -> str:
         """runc or crun."""
 
+
+class Contestant(Named, Protocol):
+    """One way to run a process in a container."""
+
     def worker(self) -> AbstractContextManager[Exec]:
         """Give one thread its own means to run `COMMAND`."""
 
@@ -47,7 +51,7 @@ class Contestant(Protocol):
         """Get rid of what earlier turns left behind; called between turns, and not timed."""
 
 
-def label(contestant: Contestant) -> str:
+def label(contestant: Named) -> str:
     """Return what a contestant is called in tables and results."""
     return f"{contestant.name} ({contestant.runtime})"
 
@@ -86,6 +90,12 @@ class Served:
     def client(self) -> DockerClient:
         """Return a new client, to be closed by the caller."""
         return DockerClient(self.socket)
+
+    @contextlib.contextmanager
+    def attached(self, argv: Sequence[str]) -> Iterator[Stream]:
+        """Start an exec with stdin; at the end its input is closed and its own end awaited."""
+        with contextlib.closing(self.client()) as client, client.attached(self.container, argv) as stream:
+            yield stream
 
     def processes(self) -> frozenset[int]:
         """Return the pids of the service, its helpers and its monitors."""

@@ -11,7 +11,9 @@ from typing import TypeVar
 
 from bench.client import ApiError, Stream
 from bench.contestants import Contestant, Exec, Served, label
+from bench.interactive import Felt, felt
 from bench.processes import Memory, cpu_seconds, memory
+from bench.relay import SpliceAlone
 from support.errors import HostError
 
 MEGABYTE = 1_000_000  # rates are decimal, as those of disks and networks
@@ -22,7 +24,10 @@ BLOCK = 1 << 20
 _READY = 1  # a process says that it runs with one empty line
 _WARM_UP = 10  # execs
 
-_C = TypeVar("_C", bound=Contestant)
+Streaming = Served | SpliceAlone
+"""Those whose processes have streams."""
+
+_C = TypeVar("_C", Contestant, Served, Streaming)
 _T = TypeVar("_T")
 
 _FAILURES = (HostError, ApiError, OSError)
@@ -99,11 +104,15 @@ class Turns:
         return self._take(f"rate at {parallel}", contestants, rounds, measure)
 
     def throughput(
-        self, contestants: Sequence[Served], rounds: int, size: int
+        self, contestants: Sequence[Streaming], rounds: int, size: int
     ) -> tuple[dict[str, list[Flow | None]], dict[str, list[Flow | None]]]:
         """Measure `size` bytes out of one process, and as many into one; return (stdout, stdin)."""
         out = self._take("stdout", contestants, rounds, lambda one: stdout_flow(one, size))
         return out, self._take("stdin", contestants, rounds, lambda one: stdin_flow(one, size))
+
+    def interactive(self, contestants: Sequence[Served], rounds: int, tries: int) -> dict[str, list[Felt | None]]:
+        """Measure the echo of a key, and a ping, so many times a round, while another session streams."""
+        return self._take("interactive", contestants, rounds, lambda one: felt(one, tries))
 
     def memory(self, contestants: Sequence[Served], sessions: int) -> dict[str, list[IdleMemory | None]]:
         """Measure so many idle sessions, once."""
@@ -151,7 +160,7 @@ def exec_rate(contestant: Contestant, parallel: int, seconds: float) -> float:
     return sum(count for _, _, count in done) / (max(ends) - min(begins))
 
 
-def stdout_flow(contestant: Served, size: int) -> Flow:
+def stdout_flow(contestant: Streaming, size: int) -> Flow:
     """Let a process write `size` bytes, and count what arrives."""
     script = f"echo; read go; dd if=/dev/zero bs={BLOCK} count={size // BLOCK} 2>/dev/null; read end"
 
@@ -162,7 +171,7 @@ def stdout_flow(contestant: Served, size: int) -> Flow:
     return _flow(contestant, script, size, move)
 
 
-def stdin_flow(contestant: Served, size: int) -> Flow:
+def stdin_flow(contestant: Streaming, size: int) -> Flow:
     """Write `size` bytes to a process that reads them all and then says so."""
     script = f"echo; dd of=/dev/null bs={BLOCK} count={size // BLOCK} iflag=fullblock 2>/dev/null; echo; read end"
     block = memoryview(bytes(BLOCK))
@@ -175,13 +184,10 @@ def stdin_flow(contestant: Served, size: int) -> Flow:
     return _flow(contestant, script, size, move)
 
 
-def _flow(contestant: Served, script: str, size: int, move: Callable[[Stream], None]) -> Flow:
+def _flow(contestant: Streaming, script: str, size: int, move: Callable[[Stream], None]) -> Flow:
     """Time `move` alone: the process has said that it runs, and ends, with its monitor, only after the accounts."""
     contestant.renew()
-    with (
-        contextlib.closing(contestant.client()) as client,
-        client.attached(contestant.container, ("sh", "-c", script)) as stream,
-    ):
+    with contestant.attached(("sh", "-c", script)) as stream:
         stream.receive_until(_READY)
         pids = contestant.processes()
         cpu, begin = cpu_seconds(pids), time.perf_counter()

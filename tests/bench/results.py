@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.contestants import CONMON_ALONE, DOCKERD, EXECGATE, PODMAN, RUNTIME_ALONE
+from bench import targets
+from bench.contestants import CONMON_ALONE, EXECGATE, RUNTIME_ALONE
+from bench.interactive import Felt
 from bench.measures import Flow, IdleMemory
 from bench.stats import Samples, median, paired_difference, paired_ratio, percentile
 from bench.tables import number, ratio, table
-
-TARGET_OWN_COST = 0.010
-"""Seconds that the service may add to the bare runtime's time for one exec."""
 
 _KIB = 1024
 
@@ -31,6 +30,7 @@ class Results:
     stdout: Mapping[str, Sequence[Flow | None]] = field(default_factory=dict)
     stdin: Mapping[str, Sequence[Flow | None]] = field(default_factory=dict)
     memory: Mapping[str, Sequence[IdleMemory | None]] = field(default_factory=dict)
+    interactive: Mapping[str, Sequence[Felt | None]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return all samples, and the figures drawn from them, as plain data."""
@@ -46,6 +46,7 @@ class Results:
             _section("Latency of one exec, ms", self._latency_table()),
             _section("Execs per second, and ratio to the runtime alone", self._rate_table()),
             _section("Throughput of one stream, and ratio to execgate", self._flow_table()),
+            _section("A key and a ping while another session streams, ms", self._interactive_table()),
             _section("Memory, KiB PSS (RSS)", self._memory_table()),
             _section("Targets", "\n".join(f"- {verdict}" for verdict in self.verdicts())),
         ]
@@ -53,37 +54,20 @@ class Results:
 
     def verdicts(self) -> list[str]:
         """Say of each target whether it is reached."""
-        return [*self._cost_verdicts(), *self._rate_verdicts()]
-
-    def _cost_verdicts(self) -> list[str]:
-        said = []
-        for name in _labels(self.latency, EXECGATE):
-            cost = paired_difference(self.latency[name], self.latency.get(_peer(name, RUNTIME_ALONE), ()))
-            if cost is not None:
-                said.append(
-                    f"{name}: own cost {_ms(cost)} ms an exec, target below {_ms(TARGET_OWN_COST)}: "
-                    f"{_reached(cost < TARGET_OWN_COST)}"
-                )
-        return said
-
-    def _rate_verdicts(self) -> list[str]:
-        said = []
-        for parallel, samples in self.rate.items():
-            for name in _labels(samples, EXECGATE):
-                for engine in (DOCKERD, PODMAN):
-                    factor = paired_ratio(samples[name], samples.get(_peer(name, engine), ()))
-                    if factor is not None:
-                        said.append(
-                            f"{name}, {parallel} parallel: {ratio(factor)} the execs/s of {engine}, "
-                            f"target more than 1: {_reached(factor > 1)}"
-                        )
-        return said
+        found = [
+            *targets.latency(self.latency),
+            *targets.rate(self.rate.get(targets.RATE_PARALLEL, {})),
+            *targets.flow(self.stdout, self.stdin),
+            *targets.interactive(self.interactive),
+            *targets.memory(self.memory),
+        ]
+        return [str(verdict) for verdict in found]
 
     def _latency_table(self) -> str:
         rows = []
         for name, samples in self.latency.items():
-            bare = self.latency.get(_peer(name, RUNTIME_ALONE), ())
-            conmon = self.latency.get(_peer(name, CONMON_ALONE), ())
+            bare = self.latency.get(targets.of(name, RUNTIME_ALONE), ())
+            conmon = self.latency.get(targets.of(name, CONMON_ALONE), ())
             rows.append(
                 [
                     name,
@@ -105,7 +89,7 @@ class Results:
 
     def _rate_cell(self, parallel: int, name: str) -> str:
         samples = self.rate[parallel].get(name, ())
-        bare = self.rate[parallel].get(_peer(name, RUNTIME_ALONE), ())
+        bare = self.rate[parallel].get(targets.of(name, RUNTIME_ALONE), ())
         return f"{number(median(samples))} ({ratio(paired_ratio(samples, bare))})"
 
     def _flow_table(self) -> str:
@@ -114,6 +98,17 @@ class Results:
             [name, *_flow_cells(self.stdout, name), *_flow_cells(self.stdin, name)]
             for name in dict.fromkeys([*self.stdout, *self.stdin])
         ]
+        return table(header, rows) if rows else ""
+
+    def _interactive_table(self) -> str:
+        rows = []
+        for name, found in self.interactive.items():
+            felt = [one for one in found if one is not None]
+            echo, past = ([sample for one in felt for sample in samples(one)] for samples in (_echo, _monitor))
+            pings = [ping for one in felt for ping in one.pings]
+            figures = (median(echo), percentile(echo, 0.99), median(past), median(pings), percentile(pings, 0.99))
+            rows.append([name, *map(_fine_ms, figures)])
+        header = ["", "echo", "p99", "past the service", "ping", "p99"]
         return table(header, rows) if rows else ""
 
     def _memory_table(self) -> str:
@@ -128,32 +123,27 @@ class Results:
 
 
 def _flow_cells(flows: Mapping[str, Sequence[Flow | None]], name: str) -> tuple[str, str]:
-    own, reference = _speeds(flows.get(name, ())), _speeds(flows.get(_peer(name, EXECGATE), ()))
+    own, reference = targets.speeds(flows.get(name, ())), targets.speeds(flows.get(targets.of(name, EXECGATE), ()))
     cpu = [flow.cpu_seconds_per_gigabyte for flow in flows.get(name, ()) if flow is not None]
     return f"{number(median(own), 0)} ({ratio(paired_ratio(own, reference))})", number(
         statistics.median(cpu) if cpu else None, 2
     )
 
 
-def _speeds(flows: Sequence[Flow | None]) -> list[float | None]:
-    return [flow.megabytes_per_second if flow is not None else None for flow in flows]
+def _echo(one: Felt) -> Samples:
+    return one.echo
 
 
-def _labels(samples: Mapping[str, Any], name: str) -> list[str]:
-    return [label for label in samples if label.startswith(f"{name} (")]
+def _monitor(one: Felt) -> Samples:
+    return one.monitor
 
 
-def _peer(label: str, name: str) -> str:
-    """Return the label of the contestant `name` under the same runtime."""
-    return f"{name} ({label.rpartition('(')[2]}"
+def _fine_ms(seconds: float | None) -> str:
+    return number(None if seconds is None else seconds * 1000, 2)
 
 
 def _ms(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1000)
-
-
-def _reached(reached: bool) -> str:
-    return "reached" if reached else "NOT reached"
 
 
 def _section(title: str, text: str) -> str:

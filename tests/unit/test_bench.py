@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench.client import ApiError, Frames
+from bench.interactive import Felt
 from bench.measures import Flow, IdleMemory
 from bench.processes import Memory
 from bench.results import Results
@@ -109,18 +110,64 @@ def test_report_tells_cost_and_ratios() -> None:
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["31.5", "37.0", "1.27x", "6.5", "3.5", "4.2"]
 
 
-def test_cost_verdict() -> None:
+def test_latency_verdicts() -> None:
     assert results(latency=LATENCY).verdicts() == [
-        "execgate (runc): own cost 6.5 ms an exec, target below 10.0: reached"
+        "execgate (runc): an exec costs at most 5 ms more than the runtime alone: 6.5 ms, NOT reached"
     ]
-    slow = LATENCY | {"execgate (runc)": [0.031, 0.041]}
-    assert results(latency=slow).verdicts()[0].endswith("NOT reached")
+    fast = {"execgate (crun)": [0.010], "runtime alone (crun)": [0.0055], "dockerd (runc)": [0.050]}
+    assert results(latency=fast).verdicts() == [
+        "execgate (crun): an exec costs at most 5 ms more than the runtime alone: 4.5 ms, reached",
+        "execgate (crun): as fast as dockerd on runc, at least 4x: 5.00x, reached",
+    ]
 
 
-def test_rate_verdict_compares_the_same_runtime() -> None:
-    rate = {8: {"execgate (runc)": [60.0], "dockerd (runc)": [40.0], "podman (crun)": [10.0]}}
+def test_rate_verdicts() -> None:
+    rate = {
+        8: {"execgate (runc)": [1.0], "dockerd (runc)": [40.0]},
+        32: {"execgate (runc)": [60.0], "runtime alone (runc)": [75.0], "dockerd (runc)": [40.0]},
+    }
     assert results(rate=rate).verdicts() == [
-        "execgate (runc), 8 parallel: 1.50x the execs/s of dockerd, target more than 1: reached"
+        "execgate (runc): execs/s at 32 parallel of the runtime alone, at least 0.75x: 0.80x, reached",
+        "execgate (runc): execs/s at 32 parallel of dockerd, at least 2.2x: 1.50x, NOT reached",
+    ]
+
+
+def test_flow_verdicts() -> None:
+    stdout = {
+        "execgate (crun)": [Flow(3000.0, 0.1)],
+        "dockerd (runc)": [Flow(500.0, 2.0)],
+        "splice alone (crun)": [Flow(5000.0, 0.1)],
+    }
+    assert results(stdout=stdout, stdin={"execgate (crun)": [Flow(1000.0, 0.4)]}).verdicts() == [
+        "execgate (crun): stdout of dockerd, at least 3x: 6.00x, reached",
+        "execgate (crun): stdout of a bare splice loop, at least 0.75x: 0.60x, NOT reached",
+        "execgate (crun): stdout costs the service less than 0.3 CPU-s/GB: 0.10, reached",
+        "execgate (crun): stdin costs the service less than 0.3 CPU-s/GB: 0.40, NOT reached",
+    ]
+
+
+def test_what_is_felt() -> None:
+    felt = Felt(echo=(0.0005, 0.0009, 0.0004), monitor=(0.0001, 0.0003, 0.0002), pings=(0.001,) * 98 + (0.030, 0.040))
+    found = results(interactive={"execgate (runc)": [felt, None]})
+    assert found.verdicts() == [
+        "execgate (runc): the service adds less than 0.3 ms to a key's echo: 0.30 ms, NOT reached",
+        "execgate (runc): 99 % of the pings below 20 ms: 30.0 ms, NOT reached",
+    ]
+    row = next(line for line in found.report().splitlines() if line.startswith("| execgate (runc)"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["0.50", "0.90", "0.20", "1.00", "30.00"]
+
+
+def test_memory_verdicts() -> None:
+    ours = IdleMemory(Memory(), Memory(pss=50 * 1024), Memory(pss=300 * 1024))
+    memory = {
+        "execgate (runc)": [ours],
+        "dockerd (runc)": [IdleMemory(Memory(), Memory(pss=200 * 1024), Memory())],
+        "podman (runc)": [IdleMemory(Memory(), Memory(pss=200 * 1024), Memory(pss=300 * 1024))],
+    }
+    assert results(memory=memory).verdicts() == [
+        "execgate (runc): an idle session costs the service less than 40 KiB: 50 KiB, NOT reached",
+        "execgate (runc): an idle session and its monitor cost less than one of dockerd: 350 and 200 KiB, NOT reached",
+        "execgate (runc): an idle session and its monitor cost less than one of podman: 350 and 500 KiB, reached",
     ]
 
 
