@@ -67,12 +67,12 @@ class FrontProtocol(asyncio.Protocol):
         told: Callable[["FrontProtocol"], None] = lambda _: None,
         read: bytes = b"",
         resumed: Progress | None = None,
-        idle: float = HEAD_TIMEOUT,
+        idle: float | None = None,
     ) -> None:
         """`told` is called when a request has its answer, when all is written, and when the connection is over.
 
         `read` is what another front has read of the connection and handed over, and `resumed` what was done of the
-        first request in it. `idle` is how many seconds it may take until the first byte comes.
+        first request in it. `idle` is how many seconds the first byte to come may take; None: HEAD_TIMEOUT.
         """
         self._inner = inner
         self._told = told
@@ -228,7 +228,7 @@ class FrontProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
-        self._arm(self._idle)
+        self._arm(HEAD_TIMEOUT if self._idle is None else self._idle)
         self._inner.connection_made(transport)
         if self._frozen:
             self.freeze()

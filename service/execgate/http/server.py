@@ -13,7 +13,7 @@ from aiohttp import web
 
 from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
-from execgate.http.front import HEAD_TIMEOUT, FrontProtocol, front_middleware
+from execgate.http.front import FrontProtocol, front_middleware
 from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import BACKLOG
 from execgate.http.progress import Progress
@@ -128,7 +128,7 @@ class HttpServer:
                     await self._changed.wait()
 
     def _new_connection(
-        self, read: bytes = b"", progress: Progress | None = None, idle: float = HEAD_TIMEOUT
+        self, read: bytes = b"", progress: Progress | None = None, idle: float | None = None
     ) -> FrontProtocol:
         server = self._runner.server
         assert server is not None
