@@ -125,7 +125,7 @@ def test_a_result_that_cannot_be_given(query: str, tree: str, api: Api, runc_con
 
 
 def test_the_result_of_a_start_that_failed(tree: str, api: Api, container: TestContainer) -> None:
-    session_id = api.create(container.id, "nosuch", **KEPT)
+    session_id = api.create(container.id, "nosuch", CaptureStdout=True)
     assert api.call("POST", f"/exec/{session_id}/start", {"Detach": True}).status == 400
     told = api.call("GET", f"{tree}/exec/{session_id}/result").json
     assert (told["ExitCode"], told["Stdout"], told["Stderr"]) == (127, "", "")
