@@ -84,6 +84,7 @@ async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link:
     engine.sessions.close_gate()
     await server.quiesce()
     sessions = await engine.sessions.hand_over()
+    await server.settle()  # those that ended meanwhile
     connections = [handover.Connection(*found) for found in server.hand_over()]
     handover.give(link, streams, sessions, connections, engine.events)
     await link.flushed()

@@ -33,8 +33,8 @@ _SHUTDOWN_TIMEOUT = 2.0
 _DRAIN_TIMEOUT = 0.5
 """Seconds that clients get to read what they were answered, before a connection is handed over."""
 
-_ACCEPT_TURNS = 5
-"""Turns of the event loop in which a connection that was accepted gets its protocol."""
+_TURNS = 5
+"""Turns of the event loop in which a connection that was accepted gets its protocol, and uvloop writes what it has."""
 
 # From Python 3.13 on a loop removes a unix socket's file when its server closes. An inherited socket's is systemd's.
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
@@ -96,7 +96,11 @@ class HttpServer:
             front.freeze()
         await self._until_none(lambda front: front.busy, _SHUTDOWN_TIMEOUT)
         await self._until_none(lambda front: front.unsent, _DRAIN_TIMEOUT)
-        for _ in range(_ACCEPT_TURNS):
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Let what was accepted get its protocol, and what was answered just now get on the wire."""
+        for _ in range(_TURNS):
             await asyncio.sleep(0)
 
     def hand_over(self) -> list[tuple[int, bytes, Progress | None]]:

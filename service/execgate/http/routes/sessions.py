@@ -187,9 +187,7 @@ class SessionRoutes:
             )
             if await _unless_gone(request, sending):
                 sending.result()
-                if (
-                    response.position < backlog.end
-                ):  # the rest could not be kept, or it was removed: then that is no end
+                if response.position < backlog.end:  # the rest was not kept, or removed: the latter is no end
                     self._manager.inspect(session.id)
         return response
 
