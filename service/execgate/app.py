@@ -53,7 +53,7 @@ async def serve(config: Config, link: KeeperLink) -> None:
         streams = OpenStreams()
         before = handover.take(link, streams) or handover.Handover()
         engine = await cleanup.enter_async_context(open_engine(config, link, before.sessions))
-        engine.events.restore(before.events)
+        engine.events.restore(before.events, before.next_event)
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
         trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
@@ -61,7 +61,7 @@ async def serve(config: Config, link: KeeperLink) -> None:
         cleanup.push_async_callback(server.close)
         await server.start(listeners)
         for connection in before.connections:
-            await server.adopt(connection.fd, connection.read)
+            await server.adopt(connection.fd, connection.read, connection.progress)
         # What is here now stays: collections need not go over every module again and again.
         gc.collect()
         gc.freeze()
@@ -82,11 +82,11 @@ async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link:
     """End in favour of the next service, which gets everything as it stands: nothing is closed or undone."""
     log.info("hands over %d running processes", engine.sessions.live)
     engine.sessions.close_gate()
-    engine.events.close()
     await server.quiesce()
     sessions = await engine.sessions.hand_over()
+    await server.settle()  # those that ended meanwhile
     connections = [handover.Connection(*found) for found in server.hand_over()]
-    handover.give(link, streams, sessions, connections, engine.events.past(0))
+    handover.give(link, streams, sessions, connections, engine.events)
     await link.flushed()
     logging.shutdown()
     os._exit(0)

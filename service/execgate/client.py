@@ -14,12 +14,18 @@ is refused with a status; in Docker's the client decides, and is told of a secon
 
 Everything raises the categories of `execgate.model.errors` with the service's own words, and Unavailable when the
 service cannot be reached. No call has a time limit of its own but for the connection; `asyncio.timeout` gives it one.
+
+What can be asked twice without harm (to look, `wait`, `result`, `logs`) comes back by itself when its connection breaks
+because the service crashed or was restarted: after 0.05 s, then ever more slowly, for `PATIENCE` seconds, and `logs`
+goes on at the byte where it was. What cannot (create, start, run, kill, stop, write, remove) is never sent again. A
+service that cannot be reached in the first place is Unavailable at once.
 """
 
 import asyncio
 import base64
 import contextlib
 import json
+import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,9 +53,18 @@ from execgate.model.ids import ContainerId, SessionId
 from execgate.model.options import ExecOptions, exec_config
 from execgate.model.session import ByteCounts, ExitSource, ExitStatus, SessionState
 from execgate.wire.detach_keys import format_detach_keys
-from execgate.wire.stdcopy import STDOUT, Demultiplexer
+from execgate.wire.stdcopy import STDOUT, SYSTEMERR, Demultiplexer
 
 DEFAULT_HOST = "unix:///run/execgate.sock"
+
+PATIENCE = 10.0
+"""Seconds for which a request whose connection broke is sent again; a service that crashed answers within 2."""
+
+_SERVED = 1.0
+"""A request that was under way for so many seconds was served: the patience with what comes begins anew."""
+
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 1.0
 
 _TREE = "/v5.0.0/libpod"
 _OFFSET_HEADER = "Execgate-Offset"
@@ -67,7 +82,17 @@ _CATEGORIES: Mapping[int, type[ExecgateError]] = {
     504: Unavailable,
 }
 
+_DROPPED = re.compile(rb"execgate: output from [0-9]+ to ([0-9]+) was dropped\n")
+
 _T = TypeVar("_T")
+
+
+class _Unreachable(Unavailable):
+    """There is no connection to the service."""
+
+
+class _Lost(_Unreachable):
+    """There was one: whether the service has done what it was asked is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +174,8 @@ class Output:
     """What a session writes, piece by piece: 1 is stdout (and all output of a terminal), 2 is stderr.
 
     A piece of stream 3 is a word of the service itself: what was dropped before a slow reader came to it. `offset` is
-    where in the whole output this one begins. What is not read yet waits in the service, and the process with it.
+    where in the whole output this one begins, and `position` where what has come of it ends. What is not read yet waits
+    in the service, and the process with it.
     """
 
     def __init__(
@@ -160,7 +186,7 @@ class Output:
         multiplexed: bool,
         offset: int,
     ) -> None:
-        self.offset = offset
+        self.offset = self.position = offset
         self._receive = read
         self._release = close
         self._frames = Demultiplexer() if multiplexed else None
@@ -186,14 +212,99 @@ class Output:
                 if self._frames is not None and not self._frames.at_boundary:
                     raise Unavailable("the connection to the service broke within the output")
                 raise StopAsyncIteration
-            self._pieces.extend([(STDOUT, data)] if self._frames is None else self._frames.feed(data))
+            self._pieces.extend(self._split(data))
         return self._pieces.popleft()
+
+    def _split(self, data: bytes) -> list[tuple[int, bytes]]:
+        pieces = [(STDOUT, data)] if self._frames is None else self._frames.feed(data)
+        self.position += sum(len(piece) for stream, piece in pieces if stream != SYSTEMERR)
+        return pieces
 
     async def close(self) -> None:
         """Leave. May be called again."""
         if not self._closed:
             self._closed = True
             await self._release()
+
+
+class _Captured(Output):
+    """Captured output, which is asked for once more, from where it stands, when its connection breaks."""
+
+    def __init__(
+        self, ask: Callable[[int], Awaitable[aiohttp.ClientResponse]], answer: aiohttp.ClientResponse, host: str
+    ) -> None:
+        super().__init__(
+            self._read, self._leave, multiplexed=_MULTIPLEXED in answer.content_type, offset=_offset_of(answer)
+        )
+        self._ask = ask
+        self._answer = answer
+        self._host = host
+        self._patience = _Patience()
+        self._word = b""  # of the service itself, as far as it is here
+
+    def _split(self, data: bytes) -> list[tuple[int, bytes]]:
+        pieces = super()._split(data)
+        behind = sum(len(piece) for stream, piece in pieces if stream != SYSTEMERR)  # the piece that is looked at
+        for stream, piece in pieces:
+            if stream != SYSTEMERR:
+                behind -= len(piece)
+                continue
+            self._word += piece
+            if dropped := _DROPPED.fullmatch(self._word):
+                self.position = int(dropped[1]) + behind
+            if self._word.endswith(b"\n"):
+                self._word = b""
+        return pieces
+
+    async def _read(self) -> bytes:
+        while True:
+            try:
+                with _translated(self._host):
+                    return await self._answer.content.readany()
+            except _Unreachable as error:
+                await self._come_back(error)
+
+    async def _come_back(self, error: _Unreachable) -> None:
+        """Ask for the rest, until it is answered or the patience is over."""
+        self._answer.close()
+        while True:
+            await self._patience.wait(error)
+            try:
+                self._answer = await self._ask(self.position)
+            except _Unreachable as again:
+                error = again
+            else:
+                break
+        self._word = b""
+        if self._frames is not None:
+            self._frames = Demultiplexer()
+        if (offset := _offset_of(self._answer)) > self.position:
+            text = f"execgate: output from {self.position} to {offset} was dropped\n"
+            self._pieces.append((SYSTEMERR, text.encode()))
+            self.position = offset
+
+    async def _leave(self) -> None:
+        self._answer.close()
+
+
+class _Patience:
+    """How long to send a request again: PATIENCE seconds from a loss on, anew once it was served in between."""
+
+    def __init__(self) -> None:
+        self._until: float | None = None
+        self._pause = _FIRST_PAUSE
+        self._asked = asyncio.get_running_loop().time()
+
+    async def wait(self, error: Unavailable) -> None:
+        """Wait until it is time to ask again; raise `error` if that would be of no use."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, _Lost) and (self._until is None or now - self._asked > _SERVED):
+            self._until, self._pause = now + PATIENCE, _FIRST_PAUSE
+        if self._until is None or now >= self._until or not isinstance(error, _Unreachable):
+            raise error
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._asked = asyncio.get_running_loop().time()
 
 
 class Stream(Output):
@@ -284,7 +395,7 @@ class Client:
 
     async def containers(self, *, stopped: bool = False) -> list[ContainerInfo]:
         """Return the containers that run, and with `stopped` the others too."""
-        found = await self._json("GET", "/containers/json", query={"all": "true"} if stopped else {})
+        found = await self._json("GET", "/containers/json", query={"all": "true"} if stopped else {}, again=True)
         return _understood(lambda: [_container(one) for one in found])
 
     async def sessions(
@@ -301,12 +412,13 @@ class Client:
             "label": [name if value is None else f"{name}={value}" for name, value in (labels or {}).items()],
         }
         chosen = {name: values for name, values in filters.items() if values}
-        found = await self._json("GET", "/exec/json", query={"filters": json.dumps(chosen)} if chosen else {})
+        query = {"filters": json.dumps(chosen)} if chosen else {}
+        found = await self._json("GET", "/exec/json", query=query, again=True)
         return _understood(lambda: [_session(one) for one in found])
 
     async def inspect(self, session_id: str) -> SessionInfo:
         """Return a session by its full id. NotFound."""
-        found = await self._json("GET", _exec(session_id, "json"))
+        found = await self._json("GET", _exec(session_id, "json"), again=True)
         return _understood(lambda: _session(found))
 
     # -- create and start --------------------------------------------------------------------------------------------
@@ -370,6 +482,15 @@ class Client:
         found = await self._json("POST", f"/containers/{_quoted(container)}/exec/run", body=body)
         return _understood(lambda: _run_answer(found))
 
+    async def result(self, session_id: str, *, limit: int = 1024 * 1024) -> RunAnswer:
+        """Return what `run` would have, of a session whose output is captured, once it is over. Conflict, NotFound.
+
+        It is for whoever has lost the answer to a run, or has started the session in another way.
+        """
+        query = {"limit": str(limit), "encoding": "base64"}
+        found = await self._json("GET", _exec(session_id, "result"), query=query, again=True)
+        return _understood(lambda: _run_answer(found))
+
     # -- while it runs -----------------------------------------------------------------------------------------------
 
     async def resize(self, session_id: str, height: int, width: int) -> None:
@@ -382,23 +503,12 @@ class Client:
 
     async def logs(self, session_id: str, *, after: int = 0, follow: bool = False) -> Output:
         """Return the captured output after `after` bytes: what is there, and with `follow` what comes. Conflict."""
-        response = await self._request(
-            "GET", _exec(session_id, "logs"), query={"after": str(after), "follow": _flag(follow)}
-        )
 
-        async def read() -> bytes:
-            with _translated(self.host):
-                return await response.content.readany()
+        async def ask(position: int) -> aiohttp.ClientResponse:
+            query = {"after": str(position), "follow": _flag(follow)}
+            return await self._request("GET", _exec(session_id, "logs"), query=query)
 
-        async def release() -> None:
-            response.close()
-
-        return Output(
-            read,
-            release,
-            multiplexed=_MULTIPLEXED in response.content_type,
-            offset=int(response.headers.get(_OFFSET_HEADER, "0")),
-        )
+        return _Captured(ask, await self._again(lambda: ask(after)), self.host)
 
     async def kill(self, session_id: str, signal: str | int = "KILL") -> None:
         """Send a signal to the process, KILL to its whole tree, which is then over. Conflict when it does not run."""
@@ -411,7 +521,7 @@ class Client:
 
     async def wait(self, session_id: str) -> SessionEnd:
         """Return how the session ended, once it has. NotFound when it is forgotten before it was ever started."""
-        found = await self._json("POST", _exec(session_id, "wait"))
+        found = await self._json("POST", _exec(session_id, "wait"), again=True)
         return _understood(lambda: SessionEnd(int(found["StatusCode"]), bool(found["TimedOut"]), str(found["Error"])))
 
     async def remove(self, session_id: str, *, force: bool = False) -> None:
@@ -428,13 +538,27 @@ class Client:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, Any] | None = None,
         data: bytes | None = None,
+        again: bool = False,
     ) -> Any:
-        """Return the answer's JSON, or None when it has none."""
+        """Return the answer's JSON, or None when it has none. `again`: it can be asked twice."""
         sent = data if body is None else json.dumps(body).encode()
-        async with await self._request(method, path, query=query, data=sent) as response:
-            with _translated(self.host):
-                text = await response.read()
+
+        async def ask() -> bytes:
+            async with await self._request(method, path, query=query, data=sent) as response:
+                with _translated(self.host):
+                    return await response.read()
+
+        text = await (self._again(ask) if again else ask())
         return _understood(lambda: json.loads(text) if text.strip() else None)
+
+    async def _again(self, ask: Callable[[], Awaitable[_T]]) -> _T:
+        """Return what `ask` does, which is called again when the connection breaks."""
+        patience = _Patience()
+        while True:
+            try:
+                return await ask()
+            except _Unreachable as error:
+                await patience.wait(error)
 
     async def _request(
         self, method: str, path: str, *, query: Mapping[str, str] | None = None, data: bytes | None = None
@@ -612,18 +736,27 @@ def _translated(host: str) -> Iterator[None]:
     """Turn what the network raises into Unavailable, and what is no HTTP into Internal."""
     try:
         yield
+    except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
+        raise _Unreachable(_unreached(host, getattr(error, "os_error", None) or error)) from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.IncompleteReadError) as error:
-        cause = getattr(error, "os_error", None)
-        raise Unavailable(f"cannot reach the service at {host}: {_reason(cause or error)}") from error
+        raise _Lost(_unreached(host, getattr(error, "os_error", None) or error)) from error
     except OSError as error:  # TimeoutError is one
-        raise Unavailable(f"cannot reach the service at {host}: {_reason(error)}") from error
+        raise _Unreachable(_unreached(host, error)) from error
     except (aiohttp.ClientError, asyncio.LimitOverrunError, IndexError, ValueError) as error:
         raise Internal(f"what answers at {host} does not speak HTTP: {error}") from error
+
+
+def _unreached(host: str, error: BaseException) -> str:
+    return f"cannot reach the service at {host}: {_reason(error)}"
 
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return "no answer in time" if isinstance(error, TimeoutError) else text
+
+
+def _offset_of(answer: aiohttp.ClientResponse) -> int:
+    return int(answer.headers.get(_OFFSET_HEADER, "0"))
 
 
 def _exec(session_id: str, verb: str) -> str:

@@ -2,7 +2,8 @@
 
 Descriptors go through the keeper, each under a name of its own. What belongs to them is one document, JSON in a memfd
 that goes the same way: the position of each hijacked connection in its streams, input that is on its way to a process,
-output that watchers have not read, connections between two requests, the last events.
+output that watchers have not read, connections with the requests that are owed an answer and how far each of these has
+come, the last events.
 
 A document that cannot be understood, because the next service is of another version, costs the clients their
 connections and nothing else: the sessions are taken back from their records as after a crash.
@@ -17,28 +18,35 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from execgate.http.hijack import HijackedStream, OpenStreams, StreamState
+from execgate.http.progress import Progress
 from execgate.http.takeover import restore
 from execgate.keeper.protocol import ONCE, close_all
 from execgate.model.events import Event
 from execgate.model.ids import SessionId, parse_session_id
 from execgate.model.session import ByteCounts
 from execgate.sessions.backlog import Chunk, Remembered
+from execgate.sessions.events import EventBus
 from execgate.sessions.live import Attachment, Handed
 from execgate.sessions.manager import HandedSession
+from execgate.sessions.oneshot import Collected, Collector
 from execgate.worker import KeeperLink
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _DOCUMENT = f"{ONCE}document"
 
 
 @dataclass(slots=True)
 class Connection:
-    """An HTTP connection between two requests, or within one that has had no effect: what of it was read already."""
+    """An HTTP connection between two requests, or within one that can be asked again.
+
+    `read` is what of it was read already, `progress` what was done of the first request in it.
+    """
 
     fd: int
     read: bytes
+    progress: Progress | None
 
 
 @dataclass(slots=True)
@@ -48,6 +56,7 @@ class Handover:
     sessions: dict[SessionId, HandedSession] = field(default_factory=dict)
     connections: list[Connection] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    next_event: int = 0
 
 
 def give(
@@ -55,7 +64,7 @@ def give(
     streams: OpenStreams,
     sessions: Mapping[SessionId, HandedSession],
     connections: Iterable[Connection],
-    events: Iterable[Event],
+    events: EventBus,
 ) -> None:
     """Leave everything with the keeper. From here on this service touches none of it."""
     fds: dict[str, int] = {}
@@ -70,8 +79,11 @@ def give(
     document: dict[str, Any] = {
         "version": _VERSION,
         "sessions": {session_id: _session(handed, shown) for session_id, handed in sessions.items()},
-        "connections": [{"fd": stored(one.fd), "read": one.read} for one in connections],
-        "events": [asdict(event) for event in events],
+        "connections": [
+            {"fd": stored(one.fd), "read": one.read, "progress": _progress(one.progress)} for one in connections
+        ],
+        "events": [asdict(event) for event in events.past(0)],
+        "next_event": events.next,
     }
     document["farewells"] = list(shown.values())  # the sessions have taken theirs out
     memory = os.memfd_create("handover", os.MFD_CLOEXEC)
@@ -96,13 +108,20 @@ def take(link: KeeperLink, streams: OpenStreams) -> Handover | None:
         document = json.loads(text, object_hook=_decoded)
         if document["version"] != _VERSION:
             raise ValueError(f"version {document['version']}")
+        found.connections = [
+            Connection(fds.pop(one["fd"]), one["read"], _progress_of(one["progress"]))
+            for one in document["connections"]
+        ]
+        collectors = {
+            one.progress.session_id: one.progress.collector for one in found.connections if one.progress is not None
+        }
         for session_id, fields in document["sessions"].items():
             if (known := parse_session_id(session_id)) is not None:
-                found.sessions[known] = _restored(fields, fds, streams)
+                found.sessions[known] = _restored(fields, fds, streams, collectors.get(known))
         for fields in document["farewells"]:
             _stream(fields, fds, streams)
-        found.connections = [Connection(fds.pop(one["fd"]), one["read"]) for one in document["connections"]]
         found.events = [Event(**fields) for fields in document["events"]]
+        found.next_event = document["next_event"]
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         log.error("what the service before this one has left cannot be understood: %r", error)
     close_all(fds.values())
@@ -123,7 +142,7 @@ def _session(handed: HandedSession, shown: dict[int, dict[str, Any]]) -> dict[st
                 "wanted": sorted(one.wanted),
             }
             for one in live.attachments
-            if (stream := shown.pop(id(one.client), None)) is not None
+            if (stream := shown.pop(id(one.client), None)) is not None or isinstance(one.client, Collector)
         ],
         "transferred": asdict(live.transferred),
         "timed_out": live.timed_out,
@@ -132,10 +151,13 @@ def _session(handed: HandedSession, shown: dict[int, dict[str, Any]]) -> dict[st
     }
 
 
-def _restored(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HandedSession:
+def _restored(
+    fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams, collector: Collector | None
+) -> HandedSession:
+    """Return a session with its clients; `collector` is one if it is a one-shot's whose answer is owed."""
     attachments = [
         Attachment(
-            client=_stream(one["stream"], fds, streams),
+            client=client,
             first=one["first"],
             stdin=one["stdin"],
             rest=one["rest"],
@@ -144,7 +166,10 @@ def _restored(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams)
             wanted=frozenset(one["wanted"]),
         )
         for one in fields["attachments"]
+        if (client := collector if one["stream"] is None else _stream(one["stream"], fds, streams)) is not None
     ]
+    if collector is not None and not attachments:  # its start was on record, and no more
+        attachments.append(Attachment(client=collector, first=True, stdin=True))
     live = Handed(
         attachments=attachments,
         transferred=ByteCounts(**fields["transferred"]),
@@ -153,6 +178,30 @@ def _restored(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams)
     )
     chunks = tuple(Chunk(**chunk) for chunk in fields["output"]["chunks"])
     return HandedSession(live, Remembered(fields["output"]["end"], chunks))
+
+
+def _progress(progress: Progress | None) -> dict[str, Any] | None:
+    if progress is None:
+        return None
+    collected = progress.collector.collected() if progress.collector is not None else None
+    return {
+        "session_id": progress.session_id,
+        "collected": None if collected is None else asdict(collected),
+        "position": progress.position,
+        "unsent": progress.unsent,
+    }
+
+
+def _progress_of(fields: dict[str, Any] | None) -> Progress | None:
+    if fields is None:
+        return None
+    collected = fields["collected"]
+    return Progress(
+        session_id=fields["session_id"],
+        collector=None if collected is None else Collector.restore(Collected(**collected)),
+        position=fields["position"],
+        unsent=fields["unsent"],
+    )
 
 
 def _stream(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HijackedStream:

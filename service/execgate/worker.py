@@ -141,9 +141,10 @@ class KeeperLink:
         if len(self._waiting) >= _MAX_WAITING:
             log.error("the keeper takes nothing: %s %s is lost", verb, " ".join(words))
             return
-        copies = []
-        with contextlib.suppress(OSError):  # no descriptors left: then these are not kept
-            copies += [os.dup(fd) for fd in fds]
+        copies: list[int] = []
+        with contextlib.suppress(OSError):  # no descriptors left: then the rest of these is not kept
+            for fd in fds:
+                copies.append(os.dup(fd))  # noqa: PERF401  (a comprehension that fails loses those that it has)
         self._waiting.append((verb, words[: len(copies)] if fds else words, copies))
         if len(self._waiting) == 1:
             asyncio.get_running_loop().add_writer(self._connection.fileno(), self._writable)

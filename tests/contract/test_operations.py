@@ -121,6 +121,15 @@ class _Captured:
         return scene.api.checked(self.method, target, head)
 
 
+def _captured_result(target: str) -> Provocation:
+    def provoke(scene: Scene) -> Answer:
+        session_id = scene.api.create(scene.running.id, "echo", "kept", CaptureStdout=True)
+        scene.start(session_id)
+        return scene.api.call("GET", target.format(session_id))
+
+    return provoke
+
+
 def _with_running(method: str, target: str, body: object = None) -> Provocation:
     """Do this to a session that runs and has stdin."""
 
@@ -184,6 +193,9 @@ def _verbs(prefix: str) -> dict[tuple[str, int], Provocation]:
         ("GET /exec/{id}/logs", 200): _Captured("GET", prefix + "/exec/{}/logs"),
         ("GET /exec/{id}/logs", 404): _get(f"{unknown}/logs"),
         ("GET /exec/{id}/logs", 409): _with_session("GET", prefix + "/exec/{}/logs", ended=True),
+        ("GET /exec/{id}/result", 200): _captured_result(prefix + "/exec/{}/result?encoding=base64&limit=3"),
+        ("GET /exec/{id}/result", 404): _get(f"{unknown}/result"),
+        ("GET /exec/{id}/result", 409): _with_session("GET", prefix + "/exec/{}/result", ended=True),
         ("POST /exec/{id}/attach", 101): _Captured("POST", prefix + "/exec/{}/attach?after=0", upgrade=True),
         ("POST /exec/{id}/attach", 200): _Captured("POST", prefix + "/exec/{}/attach?after=0"),
         ("POST /exec/{id}/attach", 404): _post(f"{unknown}/attach"),

@@ -28,6 +28,7 @@ from contract.verbs import (
 )
 from execgate.wire.stdcopy import SYSTEMERR
 from support.api import demultiplex
+from support.raw import request_bytes
 from support.runtimes import TestContainer
 from support.service import Service
 
@@ -95,6 +96,40 @@ def test_logs_beyond_the_end(tree: str, api: Api, container: TestContainer) -> N
         said = f"the output has 4 bytes; it cannot begin after {after}"
         assert (response.status, message(response)) == (400, said)
         assert post(api, tree, session_id, f"attach?after={after}").status == 400
+
+
+def test_a_result(tree: str, api: Api, container: TestContainer) -> None:
+    """What `run` answers, asked for before the end and after it, by anybody; one who leaves changes nothing."""
+    script = "echo one; echo two >&2; sleep 0.5; echo three; exit 5"
+    session_id = begin(api, container, "sh", "-c", script, **KEPT)
+    with api.connect() as connection:
+        connection.send(request_bytes("GET", f"{tree}/exec/{session_id}/result"))
+    told = api.call("GET", f"{tree}/exec/{session_id}/result").json
+    assert (told["Id"], told["ExitCode"], told["TimedOut"], told["Error"]) == (session_id, 5, False, "")
+    assert (told["Stdout"], told["Stderr"], told["Encoding"]) == ("one\nthree\n", "two\n", "utf-8")
+    assert not told["Truncated"]
+    short = api.call("GET", f"{tree}/exec/{session_id}/result?limit=9&encoding=base64").json
+    assert (short["Stdout"], short["Stderr"], short["Truncated"]) == ("b25lCnQ=", "dHdvCg==", True)
+    whole = api.call("GET", f"{tree}/exec/{session_id}/result?limit=14").json
+    assert (whole["Stdout"], whole["Truncated"]) == ("one\nthree\n", False)
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=x", "limit=-1", f"limit={16 * 1024 * 1024 + 1}", "encoding=latin-1", "encoding="]
+)
+def test_a_result_that_cannot_be_given(query: str, tree: str, api: Api, runc_container: TestContainer) -> None:
+    session_id = begin(api, runc_container, "echo", "one", **KEPT)
+    response = api.call("GET", f"{tree}/exec/{session_id}/result?{query}")
+    assert response.status == 400
+    assert "invalid value of" in message(response)
+
+
+def test_the_result_of_a_start_that_failed(tree: str, api: Api, container: TestContainer) -> None:
+    session_id = api.create(container.id, "nosuch", CaptureStdout=True)
+    assert api.call("POST", f"/exec/{session_id}/start", {"Detach": True}).status == 400
+    told = api.call("GET", f"{tree}/exec/{session_id}/result").json
+    assert (told["ExitCode"], told["Stdout"], told["Stderr"]) == (127, "", "")
+    assert "nosuch" in told["Error"]
 
 
 @pytest.mark.parametrize("after", ["x", "-1", "1.5", "", "1e3", "9" * 19, "%D9%A1"])

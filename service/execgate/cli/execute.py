@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from execgate.cli.remote import EXIT_LOST, outcome, seconds_of, service_command
-from execgate.cli.terminal import interact, window_size
+from execgate.cli.remote import EXIT_LOST, attend, seconds_of, service_command
+from execgate.cli.terminal import window_size
 from execgate.client import Client
 from execgate.model.config import OnDisconnect
 from execgate.model.errors import InvalidArgument
@@ -82,9 +82,8 @@ async def _exec(client: Client, arguments: argparse.Namespace) -> int:
         await client.start_detached(session_id)
         print(session_id)
         return 0
-    async with await client.start(session_id, size=options["console_size"]) as stream:
-        await interact(stream, tty=arguments.tty, stdin=arguments.interactive)
-    return await outcome(client, session_id)
+    stream = await client.start(session_id, size=options["console_size"])
+    return await attend(client, session_id, stream, tty=arguments.tty, stdin=arguments.interactive)
 
 
 def _options(arguments: argparse.Namespace) -> ExecOptions:

@@ -4,6 +4,7 @@ A session is named by its id or by the beginning of it, as long as that is the b
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -11,10 +12,11 @@ from typing import Any
 
 from execgate.cli.signals import run_until_signalled
 from execgate.cli.terminal import copy_output, interact
-from execgate.client import DEFAULT_HOST, Client
+from execgate.client import DEFAULT_HOST, Client, Stream
 from execgate.config import load
-from execgate.model.errors import InvalidArgument, NotFound
+from execgate.model.errors import Conflict, InvalidArgument, NotFound, Unavailable
 from execgate.model.ids import SessionId, parse_session_id
+from execgate.model.session import ExitSource
 
 HOST_VARIABLE = "EXECGATE_HOST"
 EXIT_LOST = 125
@@ -133,19 +135,49 @@ async def _attach(client: Client, arguments: argparse.Namespace) -> int:
     session_id = await find_session(client, arguments.session)
     session = await client.inspect(session_id)
     stdin = session.running and session.attach_stdin and not arguments.no_stdin
-    async with await client.attach(session_id, after=arguments.after, stdin=stdin) as stream:
-        _tell_gap(arguments.after or 0, stream.offset)
-        await interact(stream, tty=session.tty, stdin=stdin)
-    return await outcome(client, session_id)
+    stream = await client.attach(session_id, after=arguments.after, stdin=stdin)
+    _tell_gap(arguments.after or 0, stream.offset)
+    return await attend(client, session_id, stream, tty=session.tty, stdin=stdin)
 
 
-async def outcome(client: Client, session_id: SessionId) -> int:
-    """Return the exit code of a session whose stream is over; 0 when it goes on: the user has detached."""
-    session = await client.inspect(session_id)
-    if session.exit is not None:
-        return session.exit.code
-    print(f"execgate: detached; `execgate attach {session_id[:12]}` comes back to it", file=sys.stderr)
-    return 0
+async def attend(client: Client, session_id: SessionId, stream: Stream, *, tty: bool, stdin: bool) -> int:
+    """Connect the user with a session until it is over, and return its exit code; 0 when the user has detached.
+
+    When the connection breaks because the service has crashed, a user without input is attached again. Of input nobody
+    knows how much the process has got, so there that is left to the user. Unavailable.
+    """
+    while True:
+        broken: Unavailable | None = None
+        async with stream:
+            try:
+                await interact(stream, tty=tty, stdin=stdin)
+            except Unavailable as error:
+                broken = error
+        session = await client.inspect(session_id)
+        captured = session.capture_stdout and session.capture_stderr
+        if session.exit is not None:
+            if captured and session.exit.source is not ExitSource.START_FAILURE:
+                await _copy_rest(client, session_id, stream.position)
+            return session.exit.code
+        hint = f"`execgate attach {session_id[:12]}` comes back to it"
+        if broken is None and tty and stdin:
+            print(f"execgate: detached; {hint}", file=sys.stderr)
+            return 0
+        if stdin:
+            raise Unavailable("the connection to the service broke; the session goes on", hint=hint)
+        try:
+            stream = await client.attach(session_id, after=stream.position if captured else None, stdin=False)
+        except Conflict:  # it is over meanwhile, and the next look tells how
+            continue
+        if not captured:
+            print("execgate: the connection to the service broke; some output may be missing", file=sys.stderr)
+
+
+async def _copy_rest(client: Client, session_id: SessionId, position: int) -> None:
+    """Print what is captured behind `position`: the stream of a session that is over may have been cut before."""
+    with contextlib.suppress(InvalidArgument, NotFound):  # there is less, or nothing any more
+        async with await client.logs(session_id, after=position) as output:
+            await copy_output(output)
 
 
 def _tell_gap(after: int, offset: int) -> None:

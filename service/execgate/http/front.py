@@ -26,6 +26,7 @@ from aiohttp import web
 
 from execgate.http.dialects import DOCKER, Dialect, dialect_of
 from execgate.http.errors import error_json
+from execgate.http.progress import Progress
 from execgate.model.errors import Internal
 from execgate.wire.request_head import BadRequest, Body, Head, NeedData, RequestSplitter
 
@@ -45,19 +46,38 @@ _LINGER = 2.0
 
 _HIJACKABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/(start|attach)", re.ASCII)
 
-_REPEATABLE = re.compile(r"(/v[0-9.]+)?(/libpod)?/exec/[^/]*/(start|wait|stop)", re.ASCII)
-"""Requests that may wait, and can be asked of the next service once more: a start whose turn has not come, too."""
+_REPEATABLE = {
+    "POST": re.compile(
+        r"(/v[0-9.]+)?(/libpod)?/(exec/[^/]*/(start|wait|stop)|containers/.+/exec/run)", re.ASCII | re.DOTALL
+    ),
+    "GET": re.compile(r"(/v[0-9.]+)?(/libpod)?/(exec/[^/]*/(logs|result)|events)", re.ASCII),
+}
+"""Requests that may wait, and can be asked of the next service once more: those that have had no effect yet (a start
+whose turn has not come), and those that tell by their `Progress` what was done of them."""
 
 
 class FrontProtocol(asyncio.Protocol):
     """One connection. `inner` is aiohttp's protocol for it."""
 
     def __init__(
-        self, inner: web.RequestHandler, *, max_body: int, told: Callable[["FrontProtocol"], None] = lambda _: None
+        self,
+        inner: web.RequestHandler,
+        *,
+        max_body: int,
+        told: Callable[["FrontProtocol"], None] = lambda _: None,
+        read: bytes = b"",
+        resumed: Progress | None = None,
+        idle: float | None = None,
     ) -> None:
-        """`told` is called when a request has its answer and when the connection is over."""
+        """`told` is called when a request has its answer, when all is written, and when the connection is over.
+
+        `read` is what another front has read of the connection and handed over, and `resumed` what was done of the
+        first request in it. `idle` is how many seconds the first byte to come may take; None: HEAD_TIMEOUT.
+        """
         self._inner = inner
         self._told = told
+        self._read = read
+        self._idle = idle
         self._splitter = RequestSplitter(max_body=max_body)
         self._transport: asyncio.Transport | None = None
         self._held: bytearray | None = None  # bytes behind a start request, while one is open
@@ -68,11 +88,16 @@ class FrontProtocol(asyncio.Protocol):
         self._outstanding = 0
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
         self._request = bytearray()  # the one that is being answered, if it is one that could be asked again
         self._repeatable = False
         self._frozen = False
         self.patient = False
         """Whether the request that is being answered waits for something that may never happen."""
+        self.resumed = resumed
+        """What an earlier service has done of the request that is being answered; None: it is a client's."""
+        self.progress: Callable[[], Progress | None] = lambda: self.resumed
+        """Tells what has been done of it."""
 
     # -- what a handler asks ----------------------------------------------------------------------------------------
 
@@ -82,9 +107,7 @@ class FrontProtocol(asyncio.Protocol):
         ConnectionError when the client is gone already; Internal when the request was not seen as one that may be
         hijacked, because then some of its bytes may be lost.
         """
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client is gone")
+        transport = self.transport
         if self._held is None:
             raise Internal("this request cannot be hijacked", hint="the path of a start request was not recognised")
         protocol = successor(transport, bytes(self._held), self._eof)
@@ -102,7 +125,7 @@ class FrontProtocol(asyncio.Protocol):
         self._outstanding -= 1
         asyncio.get_running_loop().call_soon(self._told, self)
         self._request.clear()
-        self.patient = False
+        self._forget_progress()
         if self._outstanding:  # a start request is always the last: this was one before it
             return False
         if self._arriving and self._hijackable:  # refused before its body was here
@@ -111,6 +134,31 @@ class FrontProtocol(asyncio.Protocol):
         if held is not None and (held or failed):
             return True
         return self._eof
+
+    @property
+    def answering(self) -> bool:
+        """Whether the head of the answer to the oldest request is on the wire, and perhaps more of it."""
+        progress = self.progress()
+        return progress is not None and progress.position is not None
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        """The connection. ConnectionError when the client is gone."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the client is gone")
+        return self._transport
+
+    async def written(self) -> None:
+        """Return once everything that was answered is on the wire. ConnectionError when the client is gone."""
+        while self.transport.get_write_buffer_size():
+            self._room.clear()
+            self.transport.set_write_buffer_limits(high=0)
+            await self._room.wait()
+
+    def cut(self) -> None:
+        """End the connection at once, in the midst of an answer: it must not look complete."""
+        if self._transport is not None:
+            self._transport.abort()
 
     async def client_left(self) -> None:
         """Return once the client has closed its side: for answers that have no end of their own."""
@@ -122,10 +170,17 @@ class FrontProtocol(asyncio.Protocol):
     # -- handing over -----------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Read no further request."""
+        """Read no further request, let no answer in pieces go on, and tell when all that was written is on the wire."""
         self._frozen = True
         if self._ours:
-            cast("asyncio.Transport", self._transport).pause_reading()
+            transport = cast("asyncio.Transport", self._transport)
+            transport.pause_reading()
+            transport.set_write_buffer_limits(high=0)
+
+    async def proceed(self) -> None:
+        """Return as long as an answer may be begun or gone on with; after `freeze`, never: the next service does it."""
+        if self._frozen:
+            await asyncio.get_running_loop().create_future()
 
     @property
     def open(self) -> bool:
@@ -137,19 +192,26 @@ class FrontProtocol(asyncio.Protocol):
         """Whether an answer is owed that will come soon."""
         return self._ours and self._outstanding > 0 and not self.patient
 
-    def hand_over(self) -> tuple[int, bytes] | None:
-        """Return a descriptor of the connection (the caller's) and what was read of the requests to come.
+    @property
+    def unsent(self) -> bool:
+        """Whether some of what was answered is not on the wire."""
+        return self._ours and cast("asyncio.Transport", self._transport).get_write_buffer_size() > 0
 
-        A request that is being answered is among them if nothing has happened yet and asking again does no harm. None
-        when the connection cannot be handed over: it is at its end, or in the midst of an answer.
+    def hand_over(self) -> tuple[int, bytes, Progress | None] | None:
+        """Return a descriptor of the connection (the caller's), what was read of requests to come, and the progress.
+
+        A request that is being answered is the first of them if asking again does no harm: nothing has happened yet,
+        or its progress tells what. None when the connection cannot be handed over: it is at its end, or in the midst
+        of an answer.
         """
         transport = self._transport
-        if transport is None or not self._ours or self._refused or self._eof:
+        if transport is None or not self._ours or self._refused or (self._eof and not self._outstanding):
             return None
-        if transport.get_write_buffer_size() or (self._outstanding and not self._asked_again):
+        if self.unsent or (self._outstanding and not self._asked_again):
             return None
         rest = bytes(self._held) if self._held is not None else self._splitter.take_rest()
-        return os.dup(transport.get_extra_info("socket").fileno()), bytes(self._request) + rest
+        progress = self.progress() if self._outstanding else None
+        return os.dup(transport.get_extra_info("socket").fileno()), bytes(self._request) + rest, progress
 
     @property
     def _ours(self) -> bool:
@@ -166,15 +228,19 @@ class FrontProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
-        self._arm(HEAD_TIMEOUT)
+        self._arm(HEAD_TIMEOUT if self._idle is None else self._idle)
         self._inner.connection_made(transport)
         if self._frozen:
             self.freeze()
+        if self._read:  # before anything that the loop may tell of the rest
+            read, self._read = self._read, b""
+            self.data_received(read)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol. A successor passes its own loss on to here."""
         self._transport, self._eof = None, True
         self._arm(None)
+        self._room.set()
         self._tell_left()
         self._told(self)
         self._inner.connection_lost(exc)
@@ -186,6 +252,8 @@ class FrontProtocol(asyncio.Protocol):
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._inner.resume_writing()
+        self._room.set()
+        self._told(self)
 
     def eof_received(self) -> bool:
         """Keep the connection while an answer is owed: a half-close is no farewell."""
@@ -246,7 +314,8 @@ class FrontProtocol(asyncio.Protocol):
         self._outstanding += 1
         self._arriving = True
         self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
-        self._repeatable = head.method == "POST" and _REPEATABLE.fullmatch(unquote(head.path)) is not None
+        repeatable = _REPEATABLE.get(head.method)
+        self._repeatable = repeatable is not None and repeatable.fullmatch(unquote(head.path)) is not None
         self._request.clear()
         self._arm(BODY_TIMEOUT)
 
@@ -300,6 +369,11 @@ class FrontProtocol(asyncio.Protocol):
             self._timer.cancel()
         self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expired)
 
+    def _forget_progress(self) -> None:
+        self.patient = False
+        self.resumed = None
+        self.progress = lambda: self.resumed
+
     def _tell_left(self) -> None:
         if self._eof and self._left is not None and not self._left.done():
             self._left.set_result(None)
@@ -326,6 +400,8 @@ async def front_middleware(
     except ConnectionError:  # the client left before its turn came; nobody will read this
         return web.Response()
     response = await handler(request)
+    if front.answering and not response.prepared:  # a failure within an answer: it cannot be told in its place
+        front.cut()
     if front.request_done(failed=response.status >= 400):
         response.force_close()
     return response

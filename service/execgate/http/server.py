@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from aiohttp import web
@@ -15,6 +16,7 @@ from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
 from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import BACKLOG
+from execgate.http.progress import Progress
 from execgate.http.takeover import OPEN_STREAMS
 from execgate.http.tree import Tree
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
@@ -28,8 +30,11 @@ KEEPALIVE = 75.0
 """Seconds that an idle connection is kept."""
 
 _SHUTDOWN_TIMEOUT = 2.0
-_ACCEPT_TURNS = 5
-"""Turns of the event loop in which a connection that was accepted gets its protocol."""
+_DRAIN_TIMEOUT = 0.5
+"""Seconds that clients get to read what they were answered, before a connection is handed over."""
+
+_TURNS = 5
+"""Turns of the event loop in which a connection that was accepted gets its protocol, and uvloop writes what it has."""
 
 # From Python 3.13 on a loop removes a unix socket's file when its server closes. An inherited socket's is systemd's.
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
@@ -85,31 +90,32 @@ class HttpServer:
             self._servers.pop().close()
 
     async def quiesce(self) -> None:
-        """Accept and read no more, and wait, not for ever, for the answers that come soon."""
+        """Accept and read no more, and wait, not for ever, for answers that come soon, until they are on the wire."""
         await self.stop_accepting()
         for front in self._fronts:
             front.freeze()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SHUTDOWN_TIMEOUT):
-                while any(front.busy for front in self._fronts):
-                    self._changed.clear()
-                    await self._changed.wait()
-        for _ in range(_ACCEPT_TURNS):
+        await self._until_none(lambda front: front.busy, _SHUTDOWN_TIMEOUT)
+        await self._until_none(lambda front: front.unsent, _DRAIN_TIMEOUT)
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Let what was accepted get its protocol, and what was answered just now get on the wire."""
+        for _ in range(_TURNS):
             await asyncio.sleep(0)
 
-    def hand_over(self) -> list[tuple[int, bytes]]:
+    def hand_over(self) -> list[tuple[int, bytes, Progress | None]]:
         """Return the connections that can go on elsewhere; after `quiesce`.
 
-        Each is a descriptor, the caller's, and what was read from it of requests that are still to be answered.
+        Each is a descriptor, the caller's; what was read from it of requests that are still to be answered; and what
+        was done of the first of them.
         """
         return [found for front in self._fronts if (found := front.hand_over()) is not None]
 
-    async def adopt(self, fd: int, read: bytes) -> None:
+    async def adopt(self, fd: int, read: bytes, progress: Progress | None) -> None:
         """Go on with a connection that another server has handed over."""
         loop = asyncio.get_running_loop()
-        _, front = await loop.connect_accepted_socket(self._new_connection, socket.socket(fileno=fd))
-        if read:
-            front.data_received(read)
+        connection = functools.partial(self._new_connection, read, progress, KEEPALIVE)
+        await loop.connect_accepted_socket(connection, socket.socket(fileno=fd))
 
     async def close(self) -> None:
         """End what is still open."""
@@ -118,7 +124,16 @@ class HttpServer:
         for stream in self.streams:
             stream.abandon()
 
-    def _new_connection(self) -> FrontProtocol:
+    async def _until_none(self, of_kind: Callable[[FrontProtocol], bool], seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while any(map(of_kind, self._fronts)):
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _new_connection(
+        self, read: bytes = b"", progress: Progress | None = None, idle: float | None = None
+    ) -> FrontProtocol:
         server = self._runner.server
         assert server is not None
         inner = _Connection(
@@ -130,7 +145,7 @@ class HttpServer:
             max_line_size=2 * MAX_REQUEST_LINE,
             max_field_size=2 * MAX_HEAD,
         )
-        front = FrontProtocol(inner, max_body=MAX_BODY, told=self._told)
+        front = FrontProtocol(inner, max_body=MAX_BODY, told=self._told, read=read, resumed=progress, idle=idle)
         self._fronts.add(front)
         if not self._servers:  # accepted at the last moment
             front.freeze()

@@ -279,6 +279,8 @@ class LiveSession:
         tree = self._tree()
         if grace > 0 and tree.signal(signal.SIGTERM) and self._exited is not None:
             await asyncio.wait([self._exited], timeout=grace)
+        if self._leaving:  # it has not exited: it is only nobody's any more, and the next service stops it
+            await asyncio.get_running_loop().create_future()
         await tree.kill(self._monitor())
 
     async def attach(

@@ -29,7 +29,7 @@ from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, Resolve
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
 from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
-from execgate.model.session import ByteCounts, ExecSession, SessionState
+from execgate.model.session import ByteCounts, ExecSession, ExitSource, SessionState
 from execgate.oci.process import build_process, validate_config
 from execgate.oci.users import container_user, resolve_user
 from execgate.runtime.conmon import ExecRequest
@@ -226,13 +226,26 @@ class SessionManager:
 
     # -- start -------------------------------------------------------------------------------------------------------
 
-    async def start_detached(self, session_id: str, size: ConsoleSize | None = None) -> ExecSession:
-        """Start with nothing attached; return once the pid is known. StartFailed, AlreadyStarted, …"""
-        live = await self._prepare(session_id, size, attach=False, preserved=())
+    async def start_detached(
+        self, session_id: str, size: ConsoleSize | None = None, *, intended: Callable[[], None] = lambda: None
+    ) -> ExecSession:
+        """Start with nothing attached; return once the pid is known. StartFailed, AlreadyStarted, …
+
+        `intended` is called once the start is on record: from then on `started` tells its outcome.
+        """
+        live = await self._prepare(session_id, size, attach=False, preserved=(), intended=intended)
         begun: asyncio.Future[ExecSession] = asyncio.get_running_loop().create_future()
         begun.add_done_callback(asyncio.Future.exception)  # the request may be gone before its answer is known
         live.run(None, begun)
         return await asyncio.shield(begun)
+
+    async def started(self, session_id: str) -> ExecSession:
+        """Return a session once a start that is on record, be it an earlier service's, has its outcome. StartFailed."""
+        await self._settled(self.inspect(session_id).id)
+        session = self.inspect(session_id)
+        if session.exit is not None and session.exit.source is ExitSource.START_FAILURE:
+            raise StartFailed(session.error, session.exit.code)
+        return session
 
     async def start_attached(
         self,
@@ -502,7 +515,13 @@ class SessionManager:
         return container
 
     async def _prepare(
-        self, session_id: str, size: ConsoleSize | None, *, attach: bool, preserved: Sequence[int]
+        self,
+        session_id: str,
+        size: ConsoleSize | None,
+        *,
+        attach: bool,
+        preserved: Sequence[int],
+        intended: Callable[[], None] = lambda: None,
     ) -> LiveSession:
         async with self._gate.turn() as turn:
             session = self.inspect(session_id)
@@ -516,6 +535,7 @@ class SessionManager:
                 nonlocal begun
                 begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
                 self._early_sizes.pop(session.id, None)
+                intended()
                 return self._store.text_of(session.id)
 
             try:

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from execgate.model.config import ConsoleSize, ExecConfig
-from execgate.model.errors import NotFound
-from execgate.model.session import ExecSession
+from execgate.model.errors import Conflict, NotFound
+from execgate.model.ids import SessionId
+from execgate.model.session import ExecSession, SessionState
 from execgate.sessions.local import follow_sizes
 from execgate.sessions.manager import SessionManager
 from execgate.sessions.pump import ClientGone
@@ -45,39 +46,92 @@ async def run(
     limit: int = 1024 * 1024,
     preserved: Sequence[int] = (),
     sizes: AsyncIterable[ConsoleSize] | None = None,
+    begun: "Callable[[SessionId, Collector], None]" = lambda *_: None,
 ) -> RunResult:
     """Run a command to its end and return what it wrote, `limit` bytes of stdout and stderr together.
 
     stdin is attached exactly when there is some. `preserved` are descriptors of this program that the process gets as
     3, 4, …; its terminal takes on each of `sizes` as it comes. A command that cannot be started is a result too: 126,
     127 or 128, and `session.error`. Whoever cancels this kills the process, its tree included: nobody will ever see
-    its output.
+    its output. `begun` is told of the session as soon as there is one, and who is its client.
     """
     config = replace(config, attach_stdin=bool(stdin), attach_stdout=True, attach_stderr=True)
     session = await manager.create(container_ref, config)
     collector = Collector(stdin, limit)
-
-    async def take_over() -> Collector:
-        return collector
-
+    begun(session.id, collector)
     resizing = None if sizes is None else asyncio.ensure_future(follow_sizes(manager, session.id, sizes))
     try:
-        await manager.start_attached(session.id, None, take_over, preserved=preserved)
-    except BaseException:  # cancelled, or refused: nobody knows its id
-        with contextlib.suppress(NotFound):
-            await asyncio.shield(manager.remove(session.id, force=True))
-        raise
+        return await _outcome(manager, session.id, collector, preserved)
     finally:
         if resizing is not None:
             resizing.cancel()
             await asyncio.gather(resizing, return_exceptions=True)
+
+
+async def resume(manager: SessionManager, session_id: SessionId, collector: "Collector") -> RunResult:
+    """Go on with what `run` has begun in an earlier service, which has handed over `collector`."""
+    return await _outcome(manager, session_id, collector, ())
+
+
+async def result(manager: SessionManager, session_id: str, *, limit: int) -> RunResult:
+    """Return what `run` would have, of a session whose output is captured, once it is over. Conflict, NotFound.
+
+    It is `truncated` too if the beginning of the output is not kept any more.
+    """
+    session = manager.inspect(session_id)
+    if not session.config.captured:
+        raise Conflict(f"the output of exec {session.id} is not captured")
     session = await manager.wait(session.id)
+    backlog = await manager.output(session.id)
+    collector = Collector(b"", limit)
+    collector.truncated = backlog.start > 0
+    offset = backlog.start
+    with backlog.reader():
+        while not collector.full and (chunks := await backlog.read_now(offset)):
+            for chunk in chunks:
+                collector.truncated = collector.truncated or chunk.offset > offset
+                await collector.send(chunk.stream, chunk.data)
+                offset = chunk.end
+    return _result(session, collector)
+
+
+async def _outcome(
+    manager: SessionManager, session_id: SessionId, collector: "Collector", preserved: Sequence[int]
+) -> RunResult:
+    """Start a session if it is not started, and return how it ended. Whoever cancels this kills and removes it."""
+
+    async def take_over() -> Collector:
+        return collector
+
+    try:
+        if manager.inspect(session_id).state is SessionState.CREATED:
+            await manager.start_attached(session_id, None, take_over, preserved=preserved)
+        session = await manager.wait(session_id)
+    except BaseException:  # cancelled, or refused: nobody knows its id
+        with contextlib.suppress(NotFound):
+            await asyncio.shield(manager.remove(session_id, force=True))
+        raise
+    return _result(session, collector)
+
+
+def _result(session: ExecSession, collector: "Collector") -> RunResult:
     return RunResult(
         session=session,
         stdout=bytes(collector.output[stdcopy.STDOUT]),
         stderr=bytes(collector.output[stdcopy.STDERR]),
         truncated=collector.truncated,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """A `Collector` between two services. `left`: how many bytes of output it would still keep."""
+
+    stdin: bytes
+    stdout: bytes
+    stderr: bytes
+    left: int
+    truncated: bool
 
 
 class Collector:
@@ -89,6 +143,29 @@ class Collector:
         self._left = limit
         self._stdin = memoryview(stdin)
         self._closed = asyncio.Event()
+
+    @classmethod
+    def restore(cls, before: Collected) -> "Collector":
+        """Go on where another one stopped."""
+        collector = cls(before.stdin, before.left)
+        collector.output = {stdcopy.STDOUT: bytearray(before.stdout), stdcopy.STDERR: bytearray(before.stderr)}
+        collector.truncated = before.truncated
+        return collector
+
+    def collected(self) -> Collected:
+        """Return where it stands."""
+        return Collected(
+            stdin=bytes(self._stdin),
+            stdout=bytes(self.output[stdcopy.STDOUT]),
+            stderr=bytes(self.output[stdcopy.STDERR]),
+            left=self._left,
+            truncated=self.truncated,
+        )
+
+    @property
+    def full(self) -> bool:
+        """Whether there was more output than it keeps."""
+        return self.truncated and not self._left
 
     async def send(self, stream: int, data: bytes) -> None:
         """See `pump.Client`."""

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from execgate.http.dialects import DOCKER
+from execgate.http.front import front_of
 from execgate.http.hijack import HijackedStream, OpenStreams
 from execgate.http.server import HttpServer, build_application
 from execgate.http.takeover import AlreadyAnswered, hijack, restore
@@ -23,6 +24,7 @@ A_WHILE = 0.03
 START = (
     b"POST /exec/abc/start HTTP/1.1\r\nHost: x\r\nUpgrade: tcp\r\nConnection: Upgrade\r\nContent-Length: 2\r\n\r\n{}"
 )
+WAIT = b"POST /exec/abc/wait HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
 PING = b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n"
 BIG = b"GET /containers/%d/json HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -32,12 +34,14 @@ class Starts:
 
     def __init__(self) -> None:
         self.streams: asyncio.Queue[HijackedStream] = asyncio.Queue()
+        self.waiting, self.over = asyncio.Event(), asyncio.Event()
 
     def routes(self) -> Sequence[Route]:
         return [
             ("POST", "/exec/{id}/start", self.start),
             ("GET", "/containers/{name}/json", self.big),
             ("GET", "/_ping", self.ping),
+            ("POST", "/exec/{id}/wait", self.wait),
         ]
 
     async def start(self, request: web.Request) -> web.StreamResponse:
@@ -49,6 +53,12 @@ class Starts:
 
     async def big(self, request: web.Request) -> web.Response:
         return web.Response(body=b"x" * int(request.match_info["name"]))
+
+    async def wait(self, request: web.Request) -> web.Response:
+        front_of(request).patient = True
+        self.waiting.set()
+        await self.over.wait()
+        return web.Response(text="over")
 
     async def ping(self, request: web.Request) -> web.Response:
         return web.Response(text="OK")
@@ -234,3 +244,41 @@ async def test_the_end_of_the_server_is_the_end_of_every_stream(site: Site) -> N
     await asyncio.wait_for(one.wait_closed(), SOON)
     assert theirs.recv(1) == b""
     theirs.close()
+
+
+async def test_an_answer_is_read_before_its_connection_is_handed_over(site: Site) -> None:
+    reader, _ = await site.connect(BIG % 3_000_000)
+    await read_head(reader)
+    quiescing = asyncio.ensure_future(site.server.quiesce())
+    await read(reader, 3_000_000)
+    await asyncio.wait_for(quiescing, SOON)
+    ((fd, rest, progress),) = site.server.hand_over()
+    os.close(fd)
+    assert (rest, progress) == (b"", None)
+
+
+async def test_an_answer_that_is_not_read_is_not_waited_for(site: Site) -> None:
+    reader, _ = await site.connect(BIG % 30_000_000)
+    await read_head(reader)
+    await asyncio.wait_for(site.server.quiesce(), SOON)
+    assert site.server.hand_over() == []
+
+
+async def test_a_client_that_has_ended_its_side_is_handed_over_too(site: Site, tmp_path: Path) -> None:
+    """Its request is asked again of the next server, which learns of the end behind it."""
+    reader, writer = await site.connect(WAIT)
+    await asyncio.wait_for(site.starts.waiting.wait(), SOON)
+    writer.write_eof()
+    await asyncio.sleep(A_WHILE)
+    await site.server.quiesce()
+    ((fd, read_before, progress),) = site.server.hand_over()
+    assert (read_before, progress) == (WAIT, None)
+    directory = tmp_path / "next"
+    directory.mkdir()
+    async with serving(site.family, directory) as successor:
+        await successor.server.adopt(fd, read_before, progress)
+        await asyncio.wait_for(successor.starts.waiting.wait(), SOON)
+        successor.starts.over.set()
+        assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert await read(reader, 4) == b"over"
+    site.starts.over.set()

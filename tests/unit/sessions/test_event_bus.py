@@ -100,3 +100,41 @@ async def test_a_listener_that_leaves_while_it_waits() -> None:
 def test_the_verb_of_an_event() -> None:
     assert event(1).verb == "exec_start"
     assert Event(action="exec_die", container_id=ContainerId("c"), time_ns=0).verb == "exec_die"
+
+
+async def test_a_listener_goes_on_in_the_next_service() -> None:
+    """Neither what it had, nor what was published between, is told twice or left out."""
+    old, new = EventBus(), EventBus()
+    for number in range(5):
+        old.publish(event(number))
+    with old.subscribe(2) as subscription:
+        assert subscription.position == 2
+        assert [one.time_ns for one in subscription.waiting()] == [2, 3, 4]
+    new.publish(event(5))  # before it knows of the others
+    new.restore(old.past(0), old.next)
+    assert new.next == 6
+    with new.subscribe(3) as subscription:
+        new.publish(event(6))
+        assert [one.time_ns for one in subscription.waiting()] == [3, 4, 5, 6]
+    with new.subscribe() as subscription:
+        assert (subscription.position, list(subscription.waiting())) == (7, [])
+
+
+async def test_a_listener_that_has_missed_something_knows() -> None:
+    bus = EventBus()
+    for number in range(HISTORY + 1):
+        bus.publish(event(number))
+    with bus.subscribe(1) as subscription:
+        bus.publish(event(HISTORY + 1))
+        assert len(list(subscription.waiting())) == HISTORY + 1
+    with bus.subscribe(1) as subscription:  # that one is forgotten by now
+        assert [one async for one in subscription] == []
+
+
+def test_the_newest_are_remembered_across_services() -> None:
+    old, new = EventBus(), EventBus()
+    for number in range(HISTORY):
+        old.publish(event(number))
+    new.publish(event(HISTORY))
+    new.restore(old.past(0), old.next)
+    assert [one.time_ns for one in new.past(0)] == list(range(1, HISTORY + 1))

@@ -10,7 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from execgate.http.filters import matches_label, parse_filters
-from execgate.http.front import front_of
+from execgate.http.front import FrontProtocol, front_of
+from execgate.http.streamed import Streamed
 from execgate.http.tree import Route
 from execgate.model.errors import InvalidArgument
 from execgate.model.events import Event
@@ -36,41 +37,45 @@ class EventRoutes:
         if since is not None and until is not None and until < since:
             raise InvalidArgument("`since` time cannot be after `until` time")
         filters = parse_filters(request.query.get("filters", ""), _FILTERS)
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        with self._bus.subscribe() as subscription:
-            past = [] if since is None else self._bus.past(since)
-            await response.prepare(request)
-            for event in past:
-                if until is None or event.time_ns <= until:
-                    await _write(response, event, filters)
-            await self._follow(request, response, subscription, filters, until)
+        front = front_of(request)
+        if front.resumed is not None:
+            begin = front.resumed.position
+        else:
+            begin = None if since is None else self._bus.next - len(self._bus.past(since))
+        with self._bus.subscribe(begin) as subscription:
+            response = Streamed(front, {"Content-Type": "application/json"}, subscription.position)
+            async with response.begun(request):
+                for event in subscription.waiting():
+                    await _tell(response, event, filters, until)
+                await self._follow(front, response, subscription, filters, until)
         return response
 
     async def _follow(
         self,
-        request: web.Request,
-        response: web.StreamResponse,
+        front: FrontProtocol,
+        response: Streamed,
         subscription: Subscription,
         filters: Mapping[str, list[str]],
         until: int | None,
     ) -> None:
         """Write what happens until `until`, the client's leaving, or the end of the service."""
-        front_of(request).patient = True
-        left = asyncio.ensure_future(front_of(request).client_left())
+        left = asyncio.ensure_future(front.client_left())
         left.add_done_callback(lambda _: subscription.close())
         try:
             async with asyncio.timeout(None if until is None else max(0.0, (until - time.time_ns()) / _NANO)):
                 async for event in subscription:
-                    await _write(response, event, filters)
+                    await _tell(response, event, filters, until)
         except TimeoutError:
-            pass
+            await front.proceed()  # there may be an event that the next service has to tell
         finally:
             left.cancel()
 
 
-async def _write(response: web.StreamResponse, event: Event, filters: Mapping[str, list[str]]) -> None:
-    if matches(event, filters):
-        await response.write(json.dumps(message(event), ensure_ascii=True).encode() + b"\n")
+async def _tell(response: Streamed, event: Event, filters: Mapping[str, list[str]], until: int | None) -> None:
+    """Write the next event, if it is asked for."""
+    shown = (until is None or event.time_ns <= until) and matches(event, filters)
+    line = json.dumps(message(event), ensure_ascii=True).encode() + b"\n" if shown else b""
+    await response.piece(line, response.position + 1)
 
 
 def message(event: Event) -> dict[str, Any]:

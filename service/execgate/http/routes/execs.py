@@ -8,7 +8,9 @@ from aiohttp import web
 
 from execgate.http.bodies import CreateBody, StartBody, console_size, read_body
 from execgate.http.dialects import DEFAULT_DETACH_KEYS, Dialect, TtyOf
+from execgate.http.front import FrontProtocol, front_of
 from execgate.http.hijack import HijackedStream
+from execgate.http.progress import Progress
 from execgate.http.query import flag
 from execgate.http.takeover import AlreadyAnswered, hijack
 from execgate.http.tree import Route
@@ -49,7 +51,7 @@ class ExecRoutes:
         session_id = request.match_info["id"]
         size = self._start_size(body, request)
         if body.detach:
-            await self._manager.start_detached(session_id, size)
+            await self._start_detached(front_of(request), session_id, size)
             return self._detached()
         raw = self._is_raw(body, session_id)
 
@@ -66,6 +68,19 @@ class ExecRoutes:
             await stream.finish(error.message)
             await stream.wait_closed()
         return AlreadyAnswered()
+
+    async def _start_detached(self, front: FrontProtocol, session_id: str, size: ConsoleSize | None) -> None:
+        """Start, or go on with a start that an earlier service has begun."""
+
+        def intended() -> None:
+            front.progress = lambda: Progress(session_id=session_id)
+            front.patient = True  # there is an answer whenever it comes, here or in the next service
+
+        if front.resumed is None:
+            await self._manager.start_detached(session_id, size, intended=intended)
+        else:
+            front.patient = True
+            await self._manager.started(session_id)
 
     async def resize(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/resize?h=&w=."""

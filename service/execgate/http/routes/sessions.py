@@ -15,21 +15,24 @@ from typing import Any
 from aiohttp import web
 
 from execgate.http.answers.subjects import rfc3339
-from execgate.http.bodies import RunBody, read_body
+from execgate.http.bodies import MAX_OUTPUT, RunBody, read_body
 from execgate.http.dialects import MULTIPLEXED_STREAM, RAW_STREAM, Dialect
 from execgate.http.filters import parse_filters
 from execgate.http.front import front_of
 from execgate.http.hang_ups import hung_up
 from execgate.http.hijack import HijackedStream
+from execgate.http.progress import Progress
 from execgate.http.query import flag
 from execgate.http.routes.execs import exec_config
+from execgate.http.streamed import Streamed
 from execgate.http.takeover import AlreadyAnswered, hijack
 from execgate.http.tree import Route
-from execgate.model.errors import InvalidArgument
+from execgate.model.errors import Conflict, InvalidArgument
+from execgate.model.ids import SessionId
 from execgate.model.session import ExecSession, SessionState
-from execgate.sessions.backlog import Backlog
+from execgate.sessions.backlog import Backlog, Chunk
 from execgate.sessions.manager import SessionManager
-from execgate.sessions.oneshot import RunResult, run
+from execgate.sessions.oneshot import Collector, RunResult, result, resume, run
 from execgate.wire import stdcopy
 
 OFFSET_HEADER = "Execgate-Offset"
@@ -66,6 +69,7 @@ class SessionRoutes:
             ("POST", "/exec/{id}/wait", self.wait),
             ("DELETE", "/exec/{id}", self.remove),
             ("GET", "/exec/{id}/logs", self.logs),
+            ("GET", "/exec/{id}/result", self.result),
             ("POST", "/exec/{id}/attach", self.attach),
             ("POST", "/exec/{id}/stdin", self.stdin),
         ]
@@ -92,12 +96,19 @@ class SessionRoutes:
         text = request.query.get("t", "")
         if text and not _SECONDS.fullmatch(text):
             raise InvalidArgument(f'invalid value of t "{text[:64]}": not a number of seconds')
-        front_of(request).patient = True
-        await self._manager.stop(request.match_info["id"], float(text) if text else None)
+        front, session_id = front_of(request), request.match_info["id"]
+        front.patient = True
+        try:
+            front.progress = lambda: Progress(session_id=session_id)
+            await self._manager.stop(session_id, float(text) if text else None)
+        except Conflict:  # it was over when this service came
+            if front.resumed is None:
+                raise
         return web.Response(status=204)
 
     async def wait(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/wait: answered when the session is over."""
+        front_of(request).patient = True
         waiting = asyncio.ensure_future(self._manager.wait(request.match_info["id"]))
         if not await _unless_gone(request, waiting):
             return web.Response()
@@ -115,6 +126,7 @@ class SessionRoutes:
     async def stdin(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/stdin?eof=1: the body is input, and then, with `eof`, comes its end."""
         data = await request.read()
+        front_of(request).patient = True
         writing = asyncio.ensure_future(
             self._manager.write_stdin(request.match_info["id"], data, eof=flag(request, "eof"))
         )
@@ -125,35 +137,58 @@ class SessionRoutes:
     async def run(self, request: web.Request) -> web.Response:
         """POST /containers/{name}/exec/run: one request, one answer. A client that goes takes the process with it."""
         body = await read_body(request, RunBody, typed=self._dialect.checks_content_type)
-        config = exec_config(body, self._dialect, request)
-        stdin = _decoded(body)
-        running = asyncio.ensure_future(
-            run(self._manager, request.match_info["name"], config, stdin=stdin, limit=body.output_limit)
-        )
+        front = front_of(request)
+
+        def begun(session_id: SessionId, collector: Collector) -> None:
+            front.progress = lambda: Progress(session_id=session_id, collector=collector)
+            front.patient = True
+
+        before = front.resumed
+        if before is not None and before.collector is not None:
+            session_id = self._manager.inspect(before.session_id).id
+            begun(session_id, before.collector)
+            running = asyncio.ensure_future(resume(self._manager, session_id, before.collector))
+        else:
+            config, stdin = exec_config(body, self._dialect, request), _decoded(body)
+            container, limit = request.match_info["name"], body.output_limit
+            running = asyncio.ensure_future(
+                run(self._manager, container, config, stdin=stdin, limit=limit, begun=begun)
+            )
         if not await _unless_gone(request, running):
             return web.Response()
         return web.json_response(_run_answer(running.result(), body.encoding))
+
+    async def result(self, request: web.Request) -> web.Response:
+        """GET /exec/{id}/result?limit=&encoding=: what `run` would have answered, of a session that is captured."""
+        limit, encoding = _limit(request), _encoding(request)
+        front_of(request).patient = True
+        waiting = asyncio.ensure_future(result(self._manager, request.match_info["id"], limit=limit))
+        if not await _unless_gone(request, waiting):
+            return web.Response()
+        return web.json_response(_run_answer(waiting.result(), encoding))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """GET /exec/{id}/logs?after=&follow=&stdout=&stderr=: the captured output."""
         session = self._manager.inspect(request.match_info["id"])
         after, wanted = _after(request) or 0, _wanted(request)
+        front = front_of(request)
+        if (before := front.resumed) is not None and before.position is not None:
+            after = before.position
         backlog = await self._manager.output(session.id)
         if after > backlog.end:
             raise InvalidArgument(f"the output has {backlog.end} bytes; it cannot begin after {after}")
         raw = session.config.tty
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": RAW_STREAM if raw else MULTIPLEXED_STREAM,
-                OFFSET_HEADER: str(max(after, backlog.start)),
-            }
-        )
-        await response.prepare(request)
-        sending = asyncio.ensure_future(
-            _send_logs(response, backlog, after, wanted, follow=flag(request, "follow"), raw=raw)
-        )
-        if await _unless_gone(request, sending):
-            sending.result()
+        offset = max(after, backlog.start)
+        headers = {"Content-Type": RAW_STREAM if raw else MULTIPLEXED_STREAM, OFFSET_HEADER: str(offset)}
+        response = Streamed(front, headers, offset)
+        async with response.begun(request):
+            sending = asyncio.ensure_future(
+                _send_logs(response, backlog, wanted, follow=flag(request, "follow"), raw=raw)
+            )
+            if await _unless_gone(request, sending):
+                sending.result()
+                if response.position < backlog.end:  # the rest was not kept, or removed: the latter is no end
+                    self._manager.inspect(session.id)
         return response
 
     async def attach(self, request: web.Request) -> web.StreamResponse:
@@ -216,6 +251,20 @@ def _after(request: web.Request) -> int | None:
     return int(text)
 
 
+def _limit(request: web.Request) -> int:
+    text = request.query.get("limit", str(RunBody.model_fields["output_limit"].default))
+    if not _OFFSET.fullmatch(text) or int(text) > MAX_OUTPUT:
+        raise InvalidArgument(f'invalid value of limit "{text[:64]}": not a number of bytes up to {MAX_OUTPUT}')
+    return int(text)
+
+
+def _encoding(request: web.Request) -> str:
+    text = request.query.get("encoding", "utf-8")
+    if text not in ("utf-8", "base64"):
+        raise InvalidArgument(f'invalid value of encoding "{text[:64]}": neither utf-8 nor base64')
+    return text
+
+
 def _wanted(request: web.Request) -> frozenset[int]:
     """Return the streams that are asked for: those said to be, and with nothing said, both."""
     names = {"stdout": stdcopy.STDOUT, "stderr": stdcopy.STDERR}
@@ -258,21 +307,21 @@ def _run_answer(result: RunResult, encoding: str) -> dict[str, Any]:
     }
 
 
-async def _send_logs(
-    response: web.StreamResponse, backlog: Backlog, after: int, wanted: frozenset[int], *, follow: bool, raw: bool
-) -> None:
+async def _send_logs(response: Streamed, backlog: Backlog, wanted: frozenset[int], *, follow: bool, raw: bool) -> None:
     """Send what is there, and with `follow` what comes. What a slow reader lost is said, where frames can say it."""
-    offset = max(after, backlog.start)  # the head has said what was dropped before
     with backlog.reader():
-        while chunks := await (backlog.read(offset) if follow else backlog.read_now(offset)):
+        while chunks := await _next_chunks(backlog, response.position, follow=follow):
             for chunk in chunks:
+                offset = response.position
                 if chunk.offset > offset and not raw:
                     text = f"execgate: output from {offset} to {chunk.offset} was dropped\n".encode()
-                    await response.write(stdcopy.frame_header(stdcopy.SYSTEMERR, len(text)) + text)
-                if chunk.stream in wanted:
-                    header = b"" if raw else stdcopy.frame_header(chunk.stream, len(chunk.data))
-                    await response.write(header + chunk.data)
-                offset = chunk.end
+                    await response.piece(stdcopy.frame_header(stdcopy.SYSTEMERR, len(text)) + text, chunk.offset)
+                header = b"" if raw else stdcopy.frame_header(chunk.stream, len(chunk.data))
+                await response.piece(header + chunk.data if chunk.stream in wanted else b"", chunk.end)
+
+
+async def _next_chunks(backlog: Backlog, offset: int, *, follow: bool) -> Sequence[Chunk]:
+    return await (backlog.read(offset) if follow else backlog.read_now(offset))
 
 
 async def _unless_gone(request: web.Request, work: "asyncio.Future[Any]") -> bool:
@@ -280,7 +329,6 @@ async def _unless_gone(request: web.Request, work: "asyncio.Future[Any]") -> boo
 
     A half-close is not going: on a unix socket the kernel tells the two apart (POLLHUP), over TCP nothing does.
     """
-    front_of(request).patient = True
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
