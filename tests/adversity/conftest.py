@@ -3,6 +3,7 @@
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,39 @@ MEMORY_BOUND = 64 * 1024 * 1024
 """Bytes by which a service may have grown after any of this (reliability: "within 64 MB")."""
 
 
+@dataclass(slots=True)
+class Watched:
+    """Who is held to it: a test that starts the service anew on its directory says so here."""
+
+    service: Service
+
+
 @contextlib.contextmanager
-def unharmed_service(service: Service, bystander: TestContainer, **fields: Any) -> Iterator[None]:
+def unharmed_service(
+    service: Service, bystander: TestContainer, *, worker_dies: bool = False, **fields: Any
+) -> Iterator[Watched]:
     """Hold a service to the promises that survive every fault.
 
-    A session of `bystander`, created with `fields`, runs all along and must notice nothing; at the end there are
-    no more descriptors, processes or directories than before, memory is bounded, and the log shows no traceback.
+    A session of `bystander`, created with `fields`, runs all along and must notice nothing; with `worker_dies` its
+    client may lose its connection, and attaches again. At the end there are no more descriptors, processes or
+    directories than before, memory is bounded, and the log shows no traceback.
     """
-    api = RawApi(service.socket)
+    api, watched = RawApi(service.socket), Watched(service)
     assert api.call("GET", "/_ping").status == 200
     before, memory, logged = footprint(service), resident_bytes(service), len(service.log())
-    with api.open(bystander.id, "cat", stdin=True, **fields) as control:
+    if worker_dies:
+        fields["OnDisconnect"] = "keep"
+    with contextlib.ExitStack() as streams:
+        control = streams.enter_context(api.open(bystander.id, "cat", stdin=True, **fields))
         assert control.echo(b"before\n") == b"before\n"
-        yield
+        yield watched
+        if worker_dies:
+            control = streams.enter_context(api.reattach(control.id))
         assert control.echo(b"after\n") == b"after\n"
         control.half_close()
         assert control.finish() == (b"", b"")
         assert control.exit_code() == 0
+    service = watched.service
     assert_no_leaks(service, before)
     grown = resident_bytes(service) - memory
     assert grown < MEMORY_BOUND, f"the service grew by {grown >> 20} MiB"
@@ -56,7 +73,7 @@ def api(service: Service) -> RawApi:
 
 
 @pytest.fixture
-def keep_unharmed() -> Callable[..., contextlib.AbstractContextManager[None]]:
+def keep_unharmed() -> Callable[..., contextlib.AbstractContextManager[Watched]]:
     """`unharmed_service`, for a service of the test's own."""
     return unharmed_service
 

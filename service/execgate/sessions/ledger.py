@@ -61,14 +61,14 @@ class Ledger:
 
     def starting(self, session: ExecSession) -> ExecSession:
         """Keep the intent to start it. StateChanged when another was faster."""
-        return self._store.move(session, replace(session, state=SessionState.STARTING, started_at=time.time()))
+        now, since = _time_of_step(session)
+        return self._store.move(session, replace(session, state=SessionState.STARTING, started_at=now, since=since))
 
     def running(self, session: ExecSession, process: ProcessIdentity, monitor: ProcessIdentity | None) -> ExecSession:
         """Keep who it is. Its time begins now."""
-        return self._keep(
-            session,
-            replace(session, state=SessionState.RUNNING, process=process, monitor=monitor, started_at=time.time()),
-        )
+        now, since = _time_of_step(session)
+        after = replace(session, state=SessionState.RUNNING, started_at=now, since=since)
+        return self._keep(session, replace(after, process=process, monitor=monitor))
 
     def stopped(
         self,
@@ -80,10 +80,12 @@ class Ledger:
         transferred: ByteCounts | None = None,
     ) -> ExecSession:
         """Keep the end, then tell it."""
+        now, since = _time_of_step(session)
         after = replace(
             session,
             state=SessionState.STOPPED,
-            finished_at=time.time(),
+            finished_at=now,
+            since=since,
             exit=status,
             error=error,
             timed_out=timed_out,
@@ -146,3 +148,13 @@ class Ledger:
                 },
             )
         )
+
+
+def _time_of_step(session: ExecSession) -> tuple[float, float]:
+    """Return when a session takes its next step, which is now: for those who look, and as `since`.
+
+    A clock that was set back would show an end before its start. So it is at least as late as the last step was, and
+    what has passed since then.
+    """
+    since = time.monotonic()
+    return max(time.time(), (session.started_at or session.created_at) + since - session.since), since

@@ -433,13 +433,11 @@ class SessionManager:
 
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""
-        now = time.time()
+        now = time.monotonic()  # a clock that is set right must not forget what has just ended
         retention, lifetime = self._limits.retention, self._limits.created_lifetime
 
         def old(session: ExecSession) -> bool:
-            if session.finished_at is not None:
-                return session.finished_at < now - retention
-            return session.created_at < now - lifetime
+            return session.since < now - (retention if session.finished_at is not None else lifetime)
 
         self._clear_away()
         return self._forget(old)
