@@ -24,6 +24,7 @@ from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
+from execgate.model.events import Event
 from execgate.model.ids import SessionId
 from execgate.model.options import ExecOptions, exec_config
 from execgate.model.session import ExecSession, ExitSource
@@ -148,11 +149,12 @@ async def open_engine(
     config: Config,
     store: FdStore | None = None,
     handed: Mapping[SessionId, HandedSession] | None = None,
+    told: Sequence[Event] = (),
 ) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
-    `handed` is what an earlier one has said of its sessions in a graceful reload.
+    `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
@@ -180,6 +182,7 @@ async def open_engine(
             captures=captures,
         )
         cleanup.push_async_callback(manager.close)
+        events.restore(told or manager.ends())  # before any session that is taken back can end
         if recovered := await manager.recover(handed):
             log.info("took back %d running sessions of an earlier service", recovered)
         sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")

@@ -11,7 +11,6 @@ step is legal, and nothing but the store's compare-and-set takes one: of two req
 start the same session, exactly one wins.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -102,7 +101,7 @@ class ExecSession:
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
-    since: float = field(default_factory=time.monotonic)
+    since: float = 0.0
     process: ProcessIdentity | None = None
     monitor: ProcessIdentity | None = None
     exit: ExitStatus | None = None

@@ -66,8 +66,8 @@ class EventBus:
         return [event for event in self._history if event.time_ns >= since_ns]
 
     def restore(self, events: Iterable[Event]) -> None:
-        """Remember what happened in an earlier service."""
-        self._history.extendleft(reversed(list(events)))
+        """Remember what happened in an earlier service, oldest first."""
+        self._history.extendleft(reversed(list(events)[-HISTORY:]))
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:

@@ -92,7 +92,7 @@ class Ledger:
             transferred=transferred or ByteCounts(),
         )
         after = self._keep(session, after)
-        self.tell("exec_die", session, exitCode=str(status.code))
+        self._events.publish(_end_of(after))
         if (waiter := self._waiters.pop(session.id, None)) is not None and not waiter.done():
             waiter.set_result(after)
         return after
@@ -133,21 +133,41 @@ class Ledger:
 
     def tell(self, action: str, session: ExecSession, **attributes: str) -> None:
         """Publish an event of a session."""
-        labels = session.container_labels
-        self._events.publish(
-            Event(
-                action=action,
-                container_id=session.container.container_id,
-                time_ns=time.time_ns(),
-                attributes={
-                    **labels,
-                    "image": labels.get("org.opencontainers.image.ref.name", ""),
-                    "name": session.container.name,
-                    "execID": session.id,
-                    **attributes,
-                },
-            )
-        )
+        self._events.publish(_event(action, session, time.time_ns(), **attributes))
+
+    def ends(self) -> list[Event]:
+        """Return the events of all ends on record, oldest first.
+
+        A service that is killed has no time to tell the last of them, and its successor knows of no other events.
+        """
+        return sorted(map(_end_of, filter(_is_over, self.all())), key=lambda event: event.time_ns)
+
+
+def _is_over(session: ExecSession) -> bool:
+    return session.state is SessionState.STOPPED
+
+
+def _end_of(session: ExecSession) -> Event:
+    """Return the event of an end that is on record: the same one whoever tells it."""
+    assert session.exit is not None
+    assert session.finished_at is not None
+    return _event("exec_die", session, int(session.finished_at * 1_000_000_000), exitCode=str(session.exit.code))
+
+
+def _event(action: str, session: ExecSession, time_ns: int, **attributes: str) -> Event:
+    labels = session.container_labels
+    return Event(
+        action=action,
+        container_id=session.container.container_id,
+        time_ns=time_ns,
+        attributes={
+            **labels,
+            "image": labels.get("org.opencontainers.image.ref.name", ""),
+            "name": session.container.name,
+            "execID": session.id,
+            **attributes,
+        },
+    )
 
 
 def _time_of_step(session: ExecSession) -> tuple[float, float]:

@@ -28,6 +28,7 @@ from execgate.containers import proc
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
 from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
+from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
 from execgate.model.session import ByteCounts, ExecSession, SessionState
 from execgate.oci.process import build_process, validate_config
@@ -166,6 +167,7 @@ class SessionManager:
             user=user,
             state=SessionState.CREATED,
             created_at=time.time(),
+            since=time.monotonic(),
             container_labels=container.labels,
         )
         self._ledger.created(session)
@@ -411,6 +413,10 @@ class SessionManager:
             )
             for live, one in zip(lives, handed, strict=True)
         }
+
+    def ends(self) -> Sequence[Event]:
+        """Return the events of the ends on record, oldest first, for a service that nobody has handed any events."""
+        return self._ledger.ends()
 
     def close_gate(self) -> None:
         """Let no more starts begin: those that wait are for the next service."""
