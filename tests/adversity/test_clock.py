@@ -1,6 +1,5 @@
 """Row 21 of the fault matrix: the time of day jumps by a day, forward or back, under a running service."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ import pytest
 
 from support.api import RawApi, meanwhile
 from support.clock import ShiftedClock
+from support.faults import fifo
 from support.runtimes import TestContainer
 from support.service import Service
 
@@ -39,22 +39,20 @@ def service(
 ) -> Iterator[Service]:
     """A service that lives by that clock, and forgets soon what has ended."""
     running = new_service(env={**clock.env, "EXECGATE_RETENTION_SECONDS": f"{RETENTION:g}"})
-    with keep_unharmed(running, runc_container, worker_dies=True):
+    with keep_unharmed(running, runc_container, dies="worker"):
         yield running
 
 
 @pytest.fixture
-def end(runc_container: TestContainer) -> Iterator[Path]:
-    """What a script that reads `/tmp/end` waits for; the container sees it."""
-    fifo = runc_container.rootfs / "tmp/end"
-    os.mkfifo(fifo)
-    yield fifo
-    fifo.unlink()
+def end(runc_container: TestContainer) -> Iterator[Callable[[], None]]:
+    """What a script that reads `/tmp/end` waits for."""
+    with fifo(runc_container, "end") as write:
+        yield write
 
 
 @pytest.mark.parametrize("jump", [DAY, -DAY], ids=["forward", "back"])
 def test_the_clock_jumps_a_day(
-    service: Service, runc_container: TestContainer, clock: ShiftedClock, end: Path, jump: float
+    service: Service, runc_container: TestContainer, clock: ShiftedClock, end: Callable[[], None], jump: float
 ) -> None:
     """Nothing ends or is forgotten for it, nothing stays for it, and no duration is negative."""
     api = RawApi(service.socket)
@@ -76,7 +74,7 @@ def test_the_clock_jumps_a_day(
         here = time.time()
         created = _moment(api.inspect(api.create(runc_container.id, "true")), "CreatedAt")
         assert abs(created - here - jump) < SLACK, "the service's clock was not shifted"
-        end.write_text("now\n")
+        end()
     _assert_in_order(api.inspect(asked))
     begun[late] = time.monotonic()
     assert api.start_detached(late).status == 200

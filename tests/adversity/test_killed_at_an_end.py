@@ -18,7 +18,7 @@ from execgate.model.ids import SessionId
 from execgate.runtime.conmon import session_directory
 from execgate.runtime.readiness import Descriptor
 from support.api import RawApi
-from support.faults import Step, killed_at, steps_taken
+from support.faults import Step, fifo, killed_at, steps_taken
 from support.raw import Connection, request_bytes
 from support.runtimes import TestContainer
 from support.service import Service
@@ -45,7 +45,7 @@ def test_killed_at_every_step_of_an_end(
     """At whichever: the code is right, the output is there once, and whoever listens and asks again has one end."""
     service = new_service()
     not_taken = []
-    with keep_unharmed(service, runc_container, worker_dies=True), contextlib.ExitStack() as cleanup:
+    with keep_unharmed(service, runc_container, dies="worker"), contextlib.ExitStack() as cleanup:
 
         def begin(name: str) -> Session:
             return cleanup.enter_context(_begun(service, runc_container, name))
@@ -74,10 +74,7 @@ class Session:
     """A session that has said that it has begun, and ends when it is told to."""
 
     id: str
-    fifo: int
-
-    def end(self) -> None:
-        os.write(self.fifo, b"now\n")
+    end: Callable[[], None]
 
     def directory(self, service: Service) -> Path:
         return session_directory(service.state_dir / "sessions", SessionId(self.id))
@@ -85,18 +82,13 @@ class Session:
 
 @contextlib.contextmanager
 def _begun(service: Service, container: TestContainer, name: str) -> Iterator[Session]:
-    api, path = RawApi(service.socket), container.rootfs / "tmp" / name
-    session = api.create(container.id, "sh", "-c", SCRIPT, name, CaptureStdout=True)
-    os.mkfifo(path)
-    fifo = os.open(path, os.O_RDWR)
-    try:
+    api = RawApi(service.socket)
+    with fifo(container, name) as end:
+        session = api.create(container.id, "sh", "-c", SCRIPT, name, CaptureStdout=True)
         assert api.start_detached(session).status == 200
         with api.reattach(session, after=0) as watcher:
             watcher.output_until(b"begun\n")
-        yield Session(session, fifo)
-    finally:
-        os.close(fifo)
-        path.unlink()
+        yield Session(session, end)
 
 
 def _steps(service: Service, session: Session) -> list[Step]:

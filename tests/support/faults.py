@@ -6,12 +6,12 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support.programs import find_program
-from support.runtimes import RuntimeHost
+from support.runtimes import RuntimeHost, TestContainer
 
 
 def faulty_runtime(host: RuntimeHost, directory: Path, name: str, on_exec: str) -> RuntimeHost:
@@ -31,6 +31,19 @@ def faulty_runtime(host: RuntimeHost, directory: Path, name: str, on_exec: str) 
     )
     script.chmod(0o755)
     return replace(host, program=script)
+
+
+@contextlib.contextmanager
+def fifo(container: TestContainer, name: str) -> Iterator[Callable[[], None]]:
+    """Make a FIFO /tmp/`name` in a container: what reads a line of it goes on when what is returned is called."""
+    path = container.rootfs / "tmp" / name
+    os.mkfifo(path)
+    fd = os.open(path, os.O_RDWR)  # which waits for nobody
+    try:
+        yield lambda: [os.write(fd, b"now\n")].clear()
+    finally:
+        os.close(fd)
+        path.unlink()
 
 
 _CHANGING = (
