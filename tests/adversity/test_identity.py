@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from execgate.containers import proc
 from execgate.model.process import ProcessIdentity
@@ -24,9 +23,10 @@ from support.programs import find_program
 from support.raw import request_bytes
 from support.runtimes import TestContainer
 from support.service import Service
+from support.unharmed import Watched
 
 NewService = Callable[..., Service]
-KeepUnharmed = Callable[..., AbstractContextManager[Any]]
+KeepUnharmed = Callable[..., AbstractContextManager[Watched]]
 
 SOON = 20.0
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
