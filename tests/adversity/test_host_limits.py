@@ -1,4 +1,4 @@
-"""Rows 15-18 of the fault matrix: a host that has no more of something.
+"""Rows 15-18 and 30 of the fault matrix: a host, or a service, that has no more of something.
 
 Each fault is the real thing: the container's own pids cgroup, the service's own limit of descriptors, a state directory
 that is a file system of one megabyte. What must hold: a clear error, nothing left behind, and once there is room again
@@ -16,7 +16,7 @@ import pytest
 
 from execgate.containers import cgroups
 from support.api import RawApi
-from support.leaks import assert_no_leaks, footprint
+from support.leaks import assert_no_leaks, footprint, resident_bytes
 from support.programs import run_program
 from support.runtimes import TestContainer
 from support.service import Service
@@ -168,6 +168,35 @@ def test_full_during_a_run(small_disk: Path, watched_service: NewService, runc_c
         assert api.inspect(session.id)["ExitCode"] == 7
     assert _runs(api, runc_container)
     assert "Traceback" not in service.log()
+
+
+# -- row 30: sessions that nobody starts
+
+
+@pytest.mark.soak
+def test_thousands_that_are_never_started(watched_service: NewService, runc_container: TestContainer) -> None:
+    """There is a bound, each costs little, a reload takes them along, and they do not wait for ever."""
+    service = watched_service(env={"EXECGATE_RETENTION_SECONDS": "1"})
+    api, most = RawApi(service.socket), 5000
+    before = resident_bytes(service)
+    with api.connect() as connection:
+        bodies = [{"Cmd": ["sleep", f"{number}"], "Env": [f"N={number}"]} for number in range(most + 100)]
+        target = f"/containers/{runc_container.id}/exec"
+        statuses = [connection.request("POST", target, body).status for body in bodies]
+    accepted = statuses.count(201)
+    assert accepted == most - 1, "as many as a container may have, and the bystander is one of them"
+    assert statuses == [201] * accepted + [429] * (len(statuses) - accepted)
+    each = (resident_bytes(service) - before) / accepted
+    print(f"{each / 1024:.1f} KiB each")
+    assert each < 8 * 1024
+    config = service.directory / "execgate.toml"
+    config.write_text("created_lifetime_seconds = 1\n" + config.read_text())
+    service.reload()
+    deadline = time.monotonic() + 20
+    while api.call("POST", target, {"Cmd": ["true"]}).status != 201:  # until the next sweep
+        assert time.monotonic() < deadline, "they are never forgotten"
+        time.sleep(0.05)
+    assert _runs(api, runc_container)
 
 
 def _runs(api: RawApi, container: TestContainer) -> bool:
