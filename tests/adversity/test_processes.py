@@ -1,4 +1,4 @@
-"""Rows 6-14, 23-25, 27-29 of the fault matrix: what happens to conmon, to the runtime, to the container and to the process.
+"""Rows 6-14, 23-25, 27-29 of the fault matrix: what happens to conmon, the runtime, the container and the process.
 
 Each fault is the real thing. Each test holds that the exit code is the right one or an honest unknown, that it is
 known when the stream ends, and, by the fixture `unharmed`, that nothing is left behind.
