@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -153,7 +154,7 @@ def test_fifty_kills(
     api = RawApi(service.socket)
     codes: dict[str, int] = {}
 
-    def start(number: int, script: str, code: int, **fields: object) -> str:
+    def start(number: int, script: str, code: int, **fields: Any) -> str:
         container = containers[number % len(containers)]
         session = api.create(container.id, "sh", "-c", script, f"{code}", **fields)
         body = {"Detach": True, "Tty": bool(fields.get("Tty"))}
@@ -189,8 +190,8 @@ def test_fifty_kills(
                 answers.append(_kill(service))
         finally:
             enough.set()
-        for one in talking:
-            one.result()
+        for talk in talking:
+            talk.result()
     for talker in talkers:
         talker.end()
     over()
@@ -248,7 +249,7 @@ class Filter:
             sent, received = hashlib.sha256(), hashlib.sha256()
             sender = threading.Thread(target=self._send, args=(process, sent))
             sender.start()
-            while piece := process.stdout.read1(65536):
+            while piece := os.read(process.stdout.fileno(), 65536):
                 self.begun.set()
                 received.update(piece)
             sender.join()
@@ -310,7 +311,7 @@ class Watcher:
             assert process.stdout is not None
             assert process.stderr is not None
             output = b""
-            while piece := process.stdout.read1(65536):
+            while piece := os.read(process.stdout.fileno(), 65536):
                 self.begun.set()
                 output += piece
             assert (process.wait(), process.stderr.read()) == (7, b"")
@@ -336,7 +337,7 @@ def test_twenty_reloads(
     ]
     times = []
     with ThreadPoolExecutor(len(clients)) as pool:
-        running = [pool.submit(client.run) for client in clients]
+        running = [pool.submit(one.run) for one in clients]
         try:
             _await_all(running, [client.begun for client in clients])
             assert sum(one["Running"] for one in api.call("GET", "/exec/json").json) >= 100
@@ -348,8 +349,8 @@ def test_twenty_reloads(
         finally:
             enough.set()
             over()
-        for one in running:
-            one.result()
+        for client in running:
+            client.result()
     assert [api.wait_stopped(one)["ExitCode"] for one in detached] == [8] * len(detached)
     for session in detached:
         assert_counted(captured(api, session))
