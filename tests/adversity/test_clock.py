@@ -16,11 +16,11 @@ from support.runtimes import TestContainer
 from support.service import Service
 
 DAY = 86_400.0
-SLACK = 2.0
-"""Seconds by which something may be late on a busy machine; a jump is a day."""
+SLACK = 3.0
+"""Seconds by which something may be late on a busy machine; less than TIMEOUT, which a jump could double."""
 
 RETENTION = 2.0
-TIMEOUT = 4.0
+TIMEOUT = 5.0
 
 
 @pytest.fixture
@@ -83,10 +83,11 @@ def test_the_clock_jumps_a_day(
         time.sleep(0.02)
     assert time.monotonic() - over > RETENTION - 0.5, "it was forgotten too early"
     service.crash()
+    back = time.monotonic()
     for one, since in begun.items():
         stopped = api.wait_stopped(one)
-        took = time.monotonic() - since
-        assert TIMEOUT - 0.5 < took < TIMEOUT + SLACK, f"ended after {took:.1f} s"
+        took, latest = time.monotonic() - since, max(since + TIMEOUT, back) - since
+        assert TIMEOUT - 0.5 < took < latest + SLACK, f"ended after {took:.1f} s"
         assert (stopped["TimedOut"], stopped["ExitCode"]) == (True, 143), stopped
         _assert_in_order(stopped)
         assert _moment(stopped, "FinishedAt") - _moment(stopped, "StartedAt") > TIMEOUT - 0.5

@@ -37,6 +37,7 @@ def faulty_runtime(host: RuntimeHost, directory: Path, name: str, on_exec: str) 
 def fifo(container: TestContainer, name: str) -> Iterator[Callable[[], None]]:
     """Make a FIFO /tmp/`name` in a container: what reads a line of it goes on when what is returned is called."""
     path = container.rootfs / "tmp" / name
+    path.unlink(missing_ok=True)  # the container may be one that other tests share
     os.mkfifo(path)
     fd = os.open(path, os.O_RDWR)  # which waits for nobody
     try:
