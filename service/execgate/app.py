@@ -52,8 +52,9 @@ async def serve(config: Config, link: KeeperLink) -> None:
             log.info("takes over from a service that had lost its keeper: %d descriptors", adopted)
         streams = OpenStreams()
         before = handover.take(link, streams) or handover.Handover()
-        engine = await cleanup.enter_async_context(open_engine(config, link, before.sessions))
-        engine.events.restore(before.events, before.next_event)
+        engine = await cleanup.enter_async_context(
+            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event)
+        )
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
         trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)

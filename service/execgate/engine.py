@@ -24,6 +24,7 @@ from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
+from execgate.model.events import Event
 from execgate.model.ids import SessionId
 from execgate.model.options import ExecOptions, exec_config
 from execgate.model.session import ExecSession, ExitSource
@@ -148,11 +149,15 @@ async def open_engine(
     config: Config,
     store: FdStore | None = None,
     handed: Mapping[SessionId, HandedSession] | None = None,
+    *,
+    told: Sequence[Event] = (),
+    next_event: int = 0,
 ) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
-    `handed` is what an earlier one has said of its sessions in a graceful reload.
+    `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered,
+    `next_event` the number of the one that would have come next.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
@@ -180,6 +185,8 @@ async def open_engine(
             captures=captures,
         )
         cleanup.push_async_callback(manager.close)
+        past = told or manager.ends()
+        events.restore(past, max(next_event, len(past)))  # before any session that is taken back can end
         if recovered := await manager.recover(handed):
             log.info("took back %d running sessions of an earlier service", recovered)
         sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")

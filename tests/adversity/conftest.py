@@ -1,45 +1,16 @@
-"""What must hold after every fault, whatever it was."""
+"""What must hold after every fault, as fixtures."""
 
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.api import RawApi
-from support.leaks import assert_no_leaks, footprint, resident_bytes
 from support.runtimes import TestContainer
 from support.service import Service
-
-MEMORY_BOUND = 64 * 1024 * 1024
-"""Bytes by which a service may have grown after any of this (reliability: "within 64 MB")."""
-
-
-@contextlib.contextmanager
-def unharmed_service(service: Service, bystander: TestContainer, **fields: Any) -> Iterator[None]:
-    """Hold a service to the promises that survive every fault.
-
-    A session of `bystander`, created with `fields`, runs all along and must notice nothing; at the end there are
-    no more descriptors, processes or directories than before, memory is bounded, and the log shows no traceback.
-    """
-    api = RawApi(service.socket)
-    assert api.call("GET", "/_ping").status == 200
-    before, memory, logged = footprint(service), resident_bytes(service), len(service.log())
-    with api.open(bystander.id, "cat", stdin=True, **fields) as control:
-        assert control.echo(b"before\n") == b"before\n"
-        yield
-        assert control.echo(b"after\n") == b"after\n"
-        control.half_close()
-        assert control.finish() == (b"", b"")
-        assert control.exit_code() == 0
-    assert_no_leaks(service, before)
-    grown = resident_bytes(service) - memory
-    assert grown < MEMORY_BOUND, f"the service grew by {grown >> 20} MiB"
-    log = service.log()[logged:]
-    signs = ("Traceback", "was never", "was destroyed")
-    assert not any(sign in log for sign in signs), f"the service logged:\n{log}"
+from support.unharmed import Watched, WatchedServices, unharmed_service
 
 
 @pytest.fixture
@@ -56,9 +27,16 @@ def api(service: Service) -> RawApi:
 
 
 @pytest.fixture
-def keep_unharmed() -> Callable[..., contextlib.AbstractContextManager[None]]:
+def keep_unharmed() -> Callable[..., contextlib.AbstractContextManager[Watched]]:
     """`unharmed_service`, for a service of the test's own."""
     return unharmed_service
+
+
+@pytest.fixture
+def watched_service(new_service: Callable[..., Service], runc_container: TestContainer) -> Iterator[WatchedServices]:
+    """Start services that must not be harmed: `new_service`, with what `unharmed_service` demands at the end."""
+    with contextlib.ExitStack() as checks:
+        yield WatchedServices(new_service, runc_container, checks)
 
 
 @pytest.fixture

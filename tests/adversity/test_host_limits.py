@@ -1,4 +1,4 @@
-"""Rows 15-18 of the fault matrix: a host that has no more of something.
+"""Rows 15-18 and 30 of the fault matrix: a host, or a service, that has no more of something.
 
 Each fault is the real thing: the container's own pids cgroup, the service's own limit of descriptors, a state directory
 that is a file system of one megabyte. What must hold: a clear error, nothing left behind, and once there is room again
@@ -16,7 +16,7 @@ import pytest
 
 from execgate.containers import cgroups
 from support.api import RawApi
-from support.leaks import assert_no_leaks, footprint
+from support.leaks import assert_no_leaks, footprint, resident_bytes
 from support.programs import run_program
 from support.runtimes import TestContainer
 from support.service import Service
@@ -55,7 +55,7 @@ def _pids_cgroups(pid: int) -> Iterator[Path]:
 
 
 def test_no_more_processes_in_the_container(
-    api: RawApi, no_more_processes: tuple[TestContainer, Callable[[], None]], service: Service
+    api: RawApi, no_more_processes: tuple[TestContainer, Callable[[], None]], service: Service, unharmed: None
 ) -> None:
     container, lift = no_more_processes
     before = footprint(service)
@@ -75,9 +75,9 @@ def test_no_more_processes_in_the_container(
 # -- row 16: the service can open no more files
 
 
-def test_no_more_descriptors(new_service: NewService, runc_container: TestContainer) -> None:
+def test_no_more_descriptors(watched_service: NewService, runc_container: TestContainer) -> None:
     """It says so, does not spin, and recovers by itself."""
-    service = new_service()
+    service = watched_service()
     api = RawApi(service.socket)
     assert _runs(api, runc_container)
     before = footprint(service)
@@ -113,9 +113,9 @@ def _processor_time(pid: int) -> float:
 
 @pytest.fixture
 def small_disk(host_dir: Path) -> Iterator[Path]:
-    """A directory with room for two megabytes."""
-    directory = host_dir / "small"
-    directory.mkdir()
+    """A state directory with room for two megabytes; its parent is the service's, log included, with room for all."""
+    directory = host_dir / "small/state"
+    directory.mkdir(parents=True)
     run_program(["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", directory])
     yield directory
     run_program(["umount", "--lazy", directory])
@@ -133,17 +133,17 @@ def _fill(directory: Path) -> Path:
     return ballast
 
 
-def test_full_before_a_start(new_service: NewService, runc_container: TestContainer, small_disk: Path) -> None:
+def test_full_before_a_start(small_disk: Path, watched_service: NewService, runc_container: TestContainer) -> None:
     """Row 17: it is refused before anything runs, leaves no residue, and can be started later."""
-    service = new_service(flags=[f"--state-dir={small_disk}/state"])
+    service = watched_service(directory=small_disk.parent)
     api = RawApi(service.socket)
     assert _runs(api, runc_container)
     one = api.create(runc_container.id, "true")
-    sessions = small_disk / "state/sessions"
+    sessions = small_disk / "sessions"
     ballast = _fill(small_disk)
     answer = api.call("POST", f"/exec/{one}/start", {"Detach": True})
     assert answer.status == 503, answer
-    assert not list(sessions.iterdir())
+    assert len(list(sessions.iterdir())) == 1, "there is more than the bystander's"
     refused = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"]})
     assert refused.status in (201, 503), refused  # a page of the database may have room left
     ballast.unlink()
@@ -153,9 +153,9 @@ def test_full_before_a_start(new_service: NewService, runc_container: TestContai
     assert "Traceback" not in service.log()
 
 
-def test_full_during_a_run(new_service: NewService, runc_container: TestContainer, small_disk: Path) -> None:
+def test_full_during_a_run(small_disk: Path, watched_service: NewService, runc_container: TestContainer) -> None:
     """Row 18: conmon can write no exit file; the code is known all the same, and on record once there is room."""
-    service = new_service(flags=[f"--state-dir={small_disk}/state"])
+    service = watched_service(directory=small_disk.parent)
     api = RawApi(service.socket)
     with api.open(runc_container.id, "sh", "-c", "echo up; read line; echo $line; exit 7", stdin=True) as session:
         session.connection.read_exactly(len("up\n") + 8)
@@ -168,6 +168,35 @@ def test_full_during_a_run(new_service: NewService, runc_container: TestContaine
         assert api.inspect(session.id)["ExitCode"] == 7
     assert _runs(api, runc_container)
     assert "Traceback" not in service.log()
+
+
+# -- row 30: sessions that nobody starts
+
+
+@pytest.mark.soak
+def test_thousands_that_are_never_started(watched_service: NewService, runc_container: TestContainer) -> None:
+    """There is a bound, each costs little, a reload takes them along, and they do not wait for ever."""
+    service = watched_service(env={"EXECGATE_RETENTION_SECONDS": "1"})
+    api, most = RawApi(service.socket), 5000
+    before = resident_bytes(service)
+    with api.connect() as connection:
+        bodies = [{"Cmd": ["sleep", f"{number}"], "Env": [f"N={number}"]} for number in range(most + 100)]
+        target = f"/containers/{runc_container.id}/exec"
+        statuses = [connection.request("POST", target, body).status for body in bodies]
+    accepted = statuses.count(201)
+    assert accepted == most - 1, "as many as a container may have, and the bystander is one of them"
+    assert statuses == [201] * accepted + [429] * (len(statuses) - accepted)
+    each = (resident_bytes(service) - before) / accepted
+    print(f"{each / 1024:.1f} KiB each")
+    assert each < 8 * 1024
+    config = service.directory / "execgate.toml"
+    config.write_text("created_lifetime_seconds = 1\n" + config.read_text())
+    service.reload()
+    deadline = time.monotonic() + 20
+    while api.call("POST", target, {"Cmd": ["true"]}).status != 201:  # until the next sweep
+        assert time.monotonic() < deadline, "they are never forgotten"
+        time.sleep(0.05)
+    assert _runs(api, runc_container)
 
 
 def _runs(api: RawApi, container: TestContainer) -> bool:

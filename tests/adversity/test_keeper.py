@@ -32,9 +32,9 @@ STREAM = f"i=0; while [ $i -lt {LINES} ]; do echo line $i of the output of this 
 EXPECTED = b"".join(b"line %d of the output of this session\n" % number for number in range(LINES))
 
 
-def test_killed_again_and_again(new_service: NewService, container: TestContainer) -> None:
+def test_killed_again_and_again(watched_service: NewService, container: TestContainer) -> None:
     """Row 1: sessions of all kinds, a worker that is killed at random: every exit code, and every stdin, is there."""
-    service = new_service()
+    service = watched_service(dies="worker")
     api = RawApi(service.socket)
     script = "while read line; do echo got $line; done; exit 9"
     reading = api.create(container.id, "sh", "-c", script, AttachStdin=True, CaptureStdout=True, OnDisconnect="keep")
@@ -57,22 +57,24 @@ def test_killed_again_and_again(new_service: NewService, container: TestContaine
     print(f"answered again after {statistics.median(answers):.3f} s (median), {max(answers):.3f} s at most")
 
 
-# The worker is the parent of conmon, which is the runtime's; only the first exec meets this.
+# The worker is the parent of conmon, which is the runtime's; the exec that finds the mark meets this, and no other.
 _ONCE = """
-if mkdir "$MARK" 2>/dev/null; then kill -9 "$(cut -d' ' -f4 /proc/$PPID/stat)"; fi
+if rmdir "$MARK" 2>/dev/null; then kill -9 "$(cut -d' ' -f4 /proc/$PPID/stat)"; fi
 exec "$REAL" "$@"
 """
 
 
 def test_killed_between_the_spawn_and_the_pid_file(
-    new_service: NewService, runc: RuntimeHost, runc_container: TestContainer, host_dir: Path
+    watched_service: NewService, runc: RuntimeHost, runc_container: TestContainer, host_dir: Path
 ) -> None:
     """Row 3: the start goes on without the worker, and the next one takes it up: no orphan, the right code."""
-    script = f"MARK={host_dir}/killed-in-a-start; {_ONCE}"
+    mark = host_dir / "kill-in-a-start"
+    script = f"MARK={mark}; {_ONCE}"
     faulty = faulty_runtime(runc, host_dir / "kills", "runc", script)
-    service = new_service(flags=[f"--runtime=runc={faulty.program}"])
+    service = watched_service(dies="worker", flags=[f"--runtime=runc={faulty.program}"])
     api = RawApi(service.socket)
     session = api.create(runc_container.id, "sh", "-c", "echo here; sleep 1; exit 8", CaptureStdout=True)
+    mark.mkdir()
     with pytest.raises(EOFError):
         api.start_detached(session)
     service.await_ready()
@@ -83,19 +85,20 @@ def test_killed_between_the_spawn_and_the_pid_file(
 
 
 def test_killed_between_the_record_and_the_spawn(
-    new_service: NewService, runc_container: TestContainer, host_dir: Path
+    watched_service: NewService, runc_container: TestContainer, host_dir: Path
 ) -> None:
     """Row 2: conmon is there, and what it is to run may not be: the session never ran, or it did, and says which."""
     conmon = host_dir / "conmon-that-kills"
     real = shutil.which("conmon")
-    mark = host_dir / "killed-before-a-start"
-    conmon.write_text(f'#!/bin/sh\nif mkdir {mark} 2>/dev/null; then kill -9 $PPID; fi\nexec {real} "$@"\n')
+    mark = host_dir / "kill-before-a-start"
+    conmon.write_text(f'#!/bin/sh\nif rmdir {mark} 2>/dev/null; then kill -9 $PPID; fi\nexec {real} "$@"\n')
     conmon.chmod(0o755)
-    service = new_service(flags=[f"--conmon={conmon}"])
+    service = watched_service(dies="worker", flags=[f"--conmon={conmon}"])
     api = RawApi(service.socket)
     ran = runc_container.rootfs / "tmp/ran-after-all"
     ran.unlink(missing_ok=True)
     session = api.create(runc_container.id, "sh", "-c", "touch /tmp/ran-after-all; exit 8")
+    mark.mkdir()
     with pytest.raises(EOFError):
         api.start_detached(session)
     service.await_ready()
@@ -108,9 +111,9 @@ def test_killed_between_the_record_and_the_spawn(
     assert api.pipe(runc_container.id, "true").exit_code == 0
 
 
-def test_a_session_ends_while_nobody_serves(new_service: NewService, runc_container: TestContainer) -> None:
+def test_a_session_ends_while_nobody_serves(watched_service: NewService, runc_container: TestContainer) -> None:
     """The exit code comes from what conmon left in the pipe or the file, although its service is stopped or dead."""
-    service = new_service(env={"EXECGATE_STANDBY": "false"})
+    service = watched_service(dies="worker", env={"EXECGATE_STANDBY": "false"})
     api = RawApi(service.socket)
     session = api.create(runc_container.id, "sh", "-c", "sleep 0.3; exit 11")
     assert api.start_detached(session).status == 200
@@ -127,9 +130,9 @@ def _wait_for_end(pidfd: int) -> None:
 
 
 @pytest.mark.parametrize("clients", [6])
-def test_clients_notice_no_reload(new_service: NewService, container: TestContainer, clients: int) -> None:
+def test_clients_notice_no_reload(watched_service: NewService, container: TestContainer, clients: int) -> None:
     """Row 5: the docker CLI, both streams busy, under reloads: all bytes in both directions, and the exit codes."""
-    service = new_service()
+    service = watched_service()
     data = random.Random(5).randbytes(3_000_000)
     with ThreadPoolExecutor(2 * clients) as pool:
         cats = [pool.submit(_cat, service, container, data) for _ in range(clients // 2)]
@@ -176,8 +179,8 @@ def _docker(service: Service, container: TestContainer, command: Sequence[str]) 
     return done.returncode, done.stdout, done.stderr
 
 
-def test_a_terminal_and_its_watchers_notice_no_reload(new_service: NewService, container: TestContainer) -> None:
-    service = new_service()
+def test_a_terminal_and_its_watchers_notice_no_reload(watched_service: NewService, container: TestContainer) -> None:
+    service = watched_service()
     api = RawApi(service.socket)
     with api.open(container.id, "cat", stdin=True, tty=True) as terminal:
         for number in range(3):
@@ -189,8 +192,10 @@ def test_a_terminal_and_its_watchers_notice_no_reload(new_service: NewService, c
         api.call("POST", f"/exec/{terminal.id}/kill")
 
 
-def test_a_wait_and_an_idle_connection_notice_no_reload(new_service: NewService, runc_container: TestContainer) -> None:
-    service = new_service()
+def test_a_wait_and_an_idle_connection_notice_no_reload(
+    watched_service: NewService, runc_container: TestContainer
+) -> None:
+    service = watched_service()
     api = RawApi(service.socket)
     session = api.create(runc_container.id, "sh", "-c", "sleep 2; exit 3")
     assert api.start_detached(session).status == 200
@@ -205,8 +210,8 @@ def test_a_wait_and_an_idle_connection_notice_no_reload(new_service: NewService,
     assert answer.json["StatusCode"] == 3
 
 
-def test_a_reload_that_fails_changes_nothing(new_service: NewService, runc_container: TestContainer) -> None:
-    service = new_service()
+def test_a_reload_that_fails_changes_nothing(watched_service: NewService, runc_container: TestContainer) -> None:
+    service = watched_service()
     config = service.directory / "execgate.toml"
     good = config.read_text()
     before = service.pid

@@ -1,4 +1,4 @@
-"""Rows 6-14, 27-29 of the fault matrix: what happens to conmon, to the runtime, to the container and to the process.
+"""Rows 6-14, 23-25, 27-29 of the fault matrix: what happens to conmon, the runtime, the container and the process.
 
 Each fault is the real thing. Each test holds that the exit code is the right one or an honest unknown, that it is
 known when the stream ends, and, by the fixture `unharmed`, that nothing is left behind.
@@ -17,7 +17,7 @@ import pytest
 
 from support.api import OUTPUT, RawApi, Stream, meanwhile, start_bytes
 from support.faults import faulty_runtime
-from support.leaks import monitors
+from support.leaks import monitors, resident_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
 
@@ -413,6 +413,40 @@ def test_stdin_that_nobody_reads(
             session.connection.read_until_closed()
             pytest.fail("the process has ended, and its session has not: conmon hangs in a write to the terminal")
         assert session.exit_code() == 137
+
+
+def test_slow_reader_of_much_output(
+    api: RawApi, service: Service, runc_container: TestContainer, unharmed: None
+) -> None:
+    """Row 23: 1 KB a second of 100 MB holds the process up; then all of it is there, and none of it was in between."""
+    line, size = b"0123456789abcdef\n", 100_000_000
+    script = f"yes {line.decode().strip()} | head -c {size}; exit 6"
+    before, taken = resident_bytes(service), b""
+    with api.open(runc_container.id, "sh", "-c", script) as session:
+        for _ in range(3):
+            taken += session.connection.read_exactly(1024)
+            time.sleep(1)  # this is the slowness, nothing is waited for
+        assert api.inspect(session.id)["StdoutBytes"] < 4 << 20
+        assert resident_bytes(service) - before < 16 << 20
+        session.connection.unread(taken)
+        digest = hashlib.sha256()
+        for _, piece in session.pieces():
+            digest.update(piece)
+        assert session.exit_code() == 6
+    assert digest.digest() == hashlib.sha256((line * (size // len(line) + 1))[:size]).digest()
+
+
+def test_half_close_while_output_flows(api: RawApi, container: TestContainer, unharmed: None) -> None:
+    """Row 25: it is the end of the process's input, and of nothing else."""
+    script = "echo up; cat; echo over; seq 100000; echo late >&2; exit 4"
+    with api.open(container.id, "sh", "-c", script, stdin=True) as session:
+        assert session.output_until(b"up\n") == b"up\n"
+        session.send(b"typed\n")
+        session.half_close()
+        stdout, stderr = session.finish()
+        assert session.exit_code() == 4
+    assert stdout == b"typed\nover\n" + b"".join(b"%d\n" % number for number in range(1, 100001))
+    assert stderr == b"late\n"
 
 
 def test_client_leaves_with_stdin_under_way(api: RawApi, container: TestContainer, unharmed: None) -> None:

@@ -18,6 +18,7 @@ from support.faults import faulty_runtime
 from support.notify import NotifySocket
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service, execgate_program, write_config
+from support.unharmed import WatchedServices
 
 NewService = Callable[..., Service]
 
@@ -62,9 +63,9 @@ def test_stops_within_seconds_and_the_processes_live_on(
     assert not list((second.state_dir / "sessions").iterdir())
 
 
-def test_killed_and_back(new_service: NewService, container: TestContainer) -> None:
+def test_killed_and_back(watched_service: WatchedServices, container: TestContainer) -> None:
     """SIGKILL instead of SIGTERM; one session ends while no service is there."""
-    service = new_service()
+    service = watched_service(dies="service")
     api = RawApi(service.socket)
     early = api.create(container.id, "sh", "-c", "sleep 0.3; exit 11")
     late = api.create(container.id, "sh", "-c", "sleep 1.5; exit 12")
@@ -78,14 +79,12 @@ def test_killed_and_back(new_service: NewService, container: TestContainer) -> N
         _wait_readable(pidfd)  # conmon saw it end; the exit file is all that is left to tell
     finally:
         os.close(pidfd)
-    second = new_service(service.directory)
+    second = watched_service.again(service)
     api = RawApi(second.socket)
     assert api.wait_stopped(early)["ExitCode"] == 11
     assert api.wait_stopped(late)["ExitCode"] == 12
     assert api.start_detached(never).status == 200
     assert api.wait_stopped(never)["ExitCode"] == 0
-    second.stop()
-    assert not list((second.state_dir / "sessions").iterdir())
 
 
 def _wait_readable(fd: int) -> None:
@@ -173,10 +172,10 @@ def test_a_broken_database_is_no_end(new_service: NewService, host_dir: Path, da
 
 @pytest.mark.parametrize("damage", [b"not a database" * 400, b"\0" * 4096], ids=["garbage", "zeros"])
 def test_a_broken_database_loses_no_session_that_runs(
-    new_service: NewService, runc_container: TestContainer, damage: bytes
+    watched_service: WatchedServices, runc_container: TestContainer, damage: bytes
 ) -> None:
     """Row 19: what runs is known from its directory. Captured output and exit codes are as if nothing had happened."""
-    first = new_service()
+    first = watched_service(dies="service")
     api = RawApi(first.socket)
     script = "echo begun; until [ -e /tmp/go-on ]; do sleep 0.05; done; echo ended; exit 6"
     (runc_container.rootfs / "tmp/go-on").unlink(missing_ok=True)
@@ -190,7 +189,7 @@ def test_a_broken_database_loses_no_session_that_runs(
     for rest in first.state_dir.glob("sessions.db-*"):
         rest.unlink()
     (first.state_dir / "sessions.db").write_bytes(damage)
-    second = new_service(first.directory)
+    second = watched_service.again(first)
     api = RawApi(second.socket)
     for one in (plain, terminal):
         inspected = api.inspect(one)
@@ -202,7 +201,7 @@ def test_a_broken_database_loses_no_session_that_runs(
     frames = (b"\1\0\0\0\0\0\0\6" + text for text in (b"begun\n", b"ended\n"))
     assert api.call("GET", f"/exec/{plain}/logs").body == b"".join(frames)
     assert (first.state_dir / "sessions.broken").read_bytes() == damage
-    assert "2 sessions are taken over" in second.log()
+    assert "3 sessions are taken over" in second.log(), "these, and the bystander"
 
 
 def test_what_the_service_ignores_its_processes_do_not(new_service: NewService, runc_container: TestContainer) -> None:
@@ -290,8 +289,8 @@ def test_socket_activation(
             notify.wait_for("READY=1", second, timeout=15)
             assert api.call("GET", "/_ping").body == b"OK"
         finally:
-            second.kill()
-            second.wait()
+            second.terminate()  # to kill the keeper would leave its worker
+            assert second.wait(10) == 0
             notify.close()
 
 

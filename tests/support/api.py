@@ -199,6 +199,20 @@ class RawApi:
             raise
         return Stream(self, session_id, connection, head, multiplexed=not fields.get("Tty"))
 
+    def reattach(self, session_id: str, *, after: int | None = None, tty: bool = False) -> Stream:
+        """Attach to a session that runs, or has written something: from the offset `after` on, or from now on."""
+        query = "" if after is None else f"?after={after}"
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        connection = self.connect()
+        try:
+            connection.send(request_bytes("POST", f"/exec/{session_id}/attach{query}", None, headers))
+            head = connection.read_head()
+            assert head.status == 101, head
+        except BaseException:
+            connection.close()
+            raise
+        return Stream(self, session_id, connection, head, multiplexed=not tty)
+
     def open(self, container_id: str, *cmd: str, stdin: bool = False, tty: bool = False, **fields: Any) -> Stream:
         """Create a session with its output attached, and stdin if it is to be, and start it."""
         session_id = self.create(container_id, *cmd, Tty=tty, AttachStdin=stdin, **OUTPUT, **fields)

@@ -25,4 +25,5 @@ def new_session(*, container: str = "c1", args: tuple[str, ...] = ("true",), **c
         user=ResolvedUser(uid=0, gid=0),
         state=SessionState.CREATED,
         created_at=time.time() if created_at is None else created_at,
+        since=time.monotonic(),
     )

@@ -59,18 +59,19 @@ class Service:
         env: Mapping[str, str] | None = None,
         event_loop: str = "auto",
         own_session: bool = False,
+        wrapper: Sequence[str] = (),
     ) -> "Service":
         """Start the service on `directory/execgate.sock` for the containers of `hosts`; return once ready.
 
         Its configuration is `directory/execgate.toml`, which `flags` and `env` override; `env` is added to a clean
         environment. `event_loop` is what EXECGATE_EVENT_LOOP takes: auto, asyncio or uvloop. With `own_session` it
-        outlives the terminal.
+        outlives the terminal. `wrapper` is a command that ends in an exec of the command line behind it.
 
         Raises HostError with the end of its log when it does not come up.
         """
         directory.mkdir(parents=True, exist_ok=True)
         config = write_config(directory, hosts)
-        argv = [str(execgate_program()), "serve", "--config", str(config), *flags]
+        argv = [*wrapper, str(execgate_program()), "serve", "--config", str(config), *flags]
         notify = NotifySocket(directory / "notify")
         with (directory / "service.log").open("ab") as log:
             process = subprocess.Popen(

@@ -86,9 +86,11 @@ class ByteCounts:
 class ExecSession:
     """The record of one session; every change makes a new one.
 
-    Times are seconds since the epoch. `process` and `monitor` (conmon) are set while they are known to exist or
-    have existed; `exit` is set exactly when `state` is stopped. `error` is why a start failed. `transferred` is
-    what had passed at the end. `container_labels` are those of the container at create: events show them.
+    Times are seconds since the epoch, for those who look. What is reckoned with is `since`: when the session came into
+    its state, in seconds of the monotonic clock, which nobody sets and which means the same to every process of a boot;
+    no record outlives that. `process` and `monitor` (conmon) are set while they are known to exist or have existed;
+    `exit` is set exactly when `state` is stopped. `error` is why a start failed. `transferred` is what had passed at
+    the end. `container_labels` are those of the container at create: events show them.
     """
 
     id: SessionId
@@ -99,6 +101,7 @@ class ExecSession:
     created_at: float
     started_at: float | None = None
     finished_at: float | None = None
+    since: float = 0.0
     process: ProcessIdentity | None = None
     monitor: ProcessIdentity | None = None
     exit: ExitStatus | None = None

@@ -81,7 +81,7 @@ class EventBus:
         return list(dropwhile(lambda event: event.time_ns < since_ns, self._history))
 
     def restore(self, events: Sequence[Event], next_number: int) -> None:
-        """Remember what happened in an earlier service, whose next event would have had that number.
+        """Remember what happened in an earlier service, oldest first, whose next event would have had that number.
 
         Nobody listens yet; what was published since has its number from now on.
         """

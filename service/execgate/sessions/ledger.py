@@ -61,14 +61,14 @@ class Ledger:
 
     def starting(self, session: ExecSession) -> ExecSession:
         """Keep the intent to start it. StateChanged when another was faster."""
-        return self._store.move(session, replace(session, state=SessionState.STARTING, started_at=time.time()))
+        now, since = _time_of_step(session)
+        return self._store.move(session, replace(session, state=SessionState.STARTING, started_at=now, since=since))
 
     def running(self, session: ExecSession, process: ProcessIdentity, monitor: ProcessIdentity | None) -> ExecSession:
         """Keep who it is. Its time begins now."""
-        return self._keep(
-            session,
-            replace(session, state=SessionState.RUNNING, process=process, monitor=monitor, started_at=time.time()),
-        )
+        now, since = _time_of_step(session)
+        after = replace(session, state=SessionState.RUNNING, started_at=now, since=since)
+        return self._keep(session, replace(after, process=process, monitor=monitor))
 
     def stopped(
         self,
@@ -80,17 +80,19 @@ class Ledger:
         transferred: ByteCounts | None = None,
     ) -> ExecSession:
         """Keep the end, then tell it."""
+        now, since = _time_of_step(session)
         after = replace(
             session,
             state=SessionState.STOPPED,
-            finished_at=time.time(),
+            finished_at=now,
+            since=since,
             exit=status,
             error=error,
             timed_out=timed_out,
             transferred=transferred or ByteCounts(),
         )
         after = self._keep(session, after)
-        self.tell("exec_die", session, exitCode=str(status.code))
+        self._events.publish(_end_of(after))
         if (waiter := self._waiters.pop(session.id, None)) is not None and not waiter.done():
             waiter.set_result(after)
         return after
@@ -131,18 +133,48 @@ class Ledger:
 
     def tell(self, action: str, session: ExecSession, **attributes: str) -> None:
         """Publish an event of a session."""
-        labels = session.container_labels
-        self._events.publish(
-            Event(
-                action=action,
-                container_id=session.container.container_id,
-                time_ns=time.time_ns(),
-                attributes={
-                    **labels,
-                    "image": labels.get("org.opencontainers.image.ref.name", ""),
-                    "name": session.container.name,
-                    "execID": session.id,
-                    **attributes,
-                },
-            )
-        )
+        self._events.publish(_event(action, session, time.time_ns(), **attributes))
+
+    def ends(self) -> list[Event]:
+        """Return the events of all ends on record, oldest first.
+
+        A service that is killed has no time to tell the last of them, and its successor knows of no other events.
+        """
+        return sorted(map(_end_of, filter(_is_over, self.all())), key=lambda event: event.time_ns)
+
+
+def _is_over(session: ExecSession) -> bool:
+    return session.state is SessionState.STOPPED
+
+
+def _end_of(session: ExecSession) -> Event:
+    """Return the event of an end that is on record: the same one whoever tells it."""
+    assert session.exit is not None
+    assert session.finished_at is not None
+    return _event("exec_die", session, int(session.finished_at * 1_000_000_000), exitCode=str(session.exit.code))
+
+
+def _event(action: str, session: ExecSession, time_ns: int, **attributes: str) -> Event:
+    labels = session.container_labels
+    return Event(
+        action=action,
+        container_id=session.container.container_id,
+        time_ns=time_ns,
+        attributes={
+            **labels,
+            "image": labels.get("org.opencontainers.image.ref.name", ""),
+            "name": session.container.name,
+            "execID": session.id,
+            **attributes,
+        },
+    )
+
+
+def _time_of_step(session: ExecSession) -> tuple[float, float]:
+    """Return when a session takes its next step, which is now: for those who look, and as `since`.
+
+    A clock that was set back would show an end before its start. So it is at least as late as the last step was, and
+    what has passed since then.
+    """
+    since = time.monotonic()
+    return max(time.time(), (session.started_at or session.created_at) + since - session.since), since

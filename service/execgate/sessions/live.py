@@ -500,10 +500,10 @@ class LiveSession:
             self._do(tree.kill(self._monitor()), self._kills)
 
     def _arm_timeout(self) -> None:
-        timeout, started_at = self.session.config.timeout, self.session.started_at
-        if timeout is not None and started_at is not None:
-            left = max(0.0, started_at + timeout - time.time())  # less than all, if an earlier service started it
-            self._timer = asyncio.get_running_loop().call_later(min(left, timeout), self._expire)
+        timeout = self.session.config.timeout
+        if timeout is not None:
+            left = self.session.since + timeout - time.monotonic()  # less than all, if an earlier service started it
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._expire)
 
     def _expire(self) -> None:
         tree = self._execution().tree

@@ -28,6 +28,7 @@ from execgate.containers import proc
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
 from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
+from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
 from execgate.model.session import ByteCounts, ExecSession, ExitSource, SessionState
 from execgate.oci.process import build_process, validate_config
@@ -166,6 +167,7 @@ class SessionManager:
             user=user,
             state=SessionState.CREATED,
             created_at=time.time(),
+            since=time.monotonic(),
             container_labels=container.labels,
         )
         self._ledger.created(session)
@@ -425,6 +427,10 @@ class SessionManager:
             for live, one in zip(lives, handed, strict=True)
         }
 
+    def ends(self) -> Sequence[Event]:
+        """Return the events of the ends on record, oldest first, for a service that nobody has handed any events."""
+        return self._ledger.ends()
+
     def close_gate(self) -> None:
         """Let no more starts begin: those that wait are for the next service."""
         self._gate.close()
@@ -446,13 +452,11 @@ class SessionManager:
 
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""
-        now = time.time()
+        now = time.monotonic()  # a clock that is set right must not forget what has just ended
         retention, lifetime = self._limits.retention, self._limits.created_lifetime
 
         def old(session: ExecSession) -> bool:
-            if session.finished_at is not None:
-                return session.finished_at < now - retention
-            return session.created_at < now - lifetime
+            return session.since < now - (retention if session.finished_at is not None else lifetime)
 
         self._clear_away()
         return self._forget(old)

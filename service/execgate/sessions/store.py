@@ -16,6 +16,7 @@ be understood is dropped, with a line in the log. The file of a *newer* service 
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -263,7 +264,7 @@ def read_sessions(path: Path) -> list[ExecSession]:
 
 def _load(path: Path, record: str) -> ExecSession:
     try:
-        return _RECORD.validate_json(record)
+        return _parsed(record)
     except ValidationError as error:
         raise Internal("the session's record cannot be read", hint=f"{path}: {error}") from error
 
@@ -271,10 +272,16 @@ def _load(path: Path, record: str) -> ExecSession:
 def _load_or_none(record: str) -> ExecSession | None:
     """Load a record that may be none."""
     try:
-        session = _RECORD.validate_json(record)
+        session = _parsed(record)
     except ValidationError:
         return None
     return session if parse_session_id(session.id) else None
+
+
+def _parsed(record: str) -> ExecSession:
+    session = _RECORD.validate_json(record)
+    # One of a service that did not keep this: nothing of it may be over because of that.
+    return session if session.since else replace(session, since=time.monotonic())
 
 
 def _load_as(path: Path, session_id: str, record: str) -> ExecSession:

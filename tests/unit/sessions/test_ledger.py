@@ -150,3 +150,15 @@ async def test_a_store_that_has_room_again_between_the_two(books: Books) -> None
     assert read_sessions(books.path) == [ended]
     assert books.ledger.forget(lambda one: one.id == session.id) == [session.id]
     assert books.ledger.get(session.id) is None
+
+
+async def test_the_ends_that_the_next_service_knows_of(books: Books) -> None:
+    """They are the very events that were told, in the order in which they happened."""
+    first, second, _ = books.created(), books.created(), books.created()
+    books.ledger.stopped(books.ledger.starting(second), SEVEN)
+    books.ledger.stopped(books.ledger.starting(first), SEVEN)
+    told = [event for event in books.events.past(0) if event.action == "exec_die"]
+    other = SessionStore(books.path, boot_id="boot")
+    assert Ledger(other, EventBus()).ends() == told
+    assert [event.attributes["execID"] for event in told] == [second.id, first.id]
+    other.close()

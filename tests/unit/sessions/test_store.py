@@ -7,6 +7,7 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,18 @@ def test_a_record_comes_back_whole(open_store: Open, path: Path) -> None:
     assert store.all() == [session]
     store.close()
     assert read_sessions(path) == [session]
+
+
+def test_a_record_of_a_service_that_kept_no_monotonic_time(open_store: Open, path: Path) -> None:
+    """Its time begins when it is read: nothing is over or forgotten because of that."""
+    session = replace(new_session(), since=0.0)
+    store = open_store()
+    store.add(session)
+    begun = time.monotonic()
+    loaded = open_store().get(session.id)
+    assert loaded is not None
+    assert begun <= loaded.since <= time.monotonic()
+    assert replace(loaded, since=0.0) == session
 
 
 def test_an_environment_is_kept_until_the_start_only(open_store: Open, path: Path) -> None:
