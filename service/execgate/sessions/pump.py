@@ -220,7 +220,8 @@ class Pump:
 
     async def _forward(self, output: Output) -> None:
         while True:
-            if self._alone and (waiting := await output.bulk()) is not None:
+            waiting = await output.bulk() if self._alone else None
+            if waiting is not None and self._alone:  # still: others may have come while it waited
                 await self._move(waiting)
             elif (chunk := await output.read(self._recorders)) is not None:
                 await self._copy(*chunk)
