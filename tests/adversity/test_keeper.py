@@ -20,6 +20,7 @@ from support.api import RawApi
 from support.faults import faulty_runtime
 from support.leaks import assert_no_leaks, footprint
 from support.processes import children
+from support.raw import request_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service, execgate_program, write_config
 from support.systemd import Manager
@@ -119,6 +120,25 @@ def test_a_session_ends_while_nobody_serves(new_service: NewService, runc_contai
     _wait_for_end(pidfd)
     service.crash()
     assert api.wait_stopped(session)["ExitCode"] == 11
+
+
+def test_killed_while_it_ends_what_has_had_its_time(new_service: NewService, runc_container: TestContainer) -> None:
+    """The process was told to end; the worker that knows why does not live to see it."""
+    service = new_service()
+    api = RawApi(service.socket)
+    script = "trap 'echo told; sleep 1; exit 3' TERM; while :; do sleep 0.05; done"
+    session = api.create(runc_container.id, "sh", "-c", script, Timeout=1, CaptureStdout=True)
+    assert api.start_detached(session).status == 200
+    pidfd = os.pidfd_open(api.inspect(session)["Pid"])
+    with api.connect() as connection:
+        connection.send(request_bytes("GET", f"/exec/{session}/logs?follow=1"))
+        assert connection.read_head().status == 200
+        assert b"told" in next(connection.read_chunks())
+    os.kill(service.pid, signal.SIGSTOP)
+    _wait_for_end(pidfd)
+    service.crash()
+    ended = api.wait_stopped(session)
+    assert (ended["ExitCode"], ended["TimedOut"]) == (3, True)
 
 
 def _wait_for_end(pidfd: int) -> None:

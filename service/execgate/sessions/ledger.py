@@ -70,6 +70,10 @@ class Ledger:
             replace(session, state=SessionState.RUNNING, process=process, monitor=monitor, started_at=time.time()),
         )
 
+    def expired(self, session: ExecSession) -> ExecSession:
+        """Keep that its time is over, before it is ended for it: whoever learns of its end cannot tell any more."""
+        return self._keep(session, replace(session, timed_out=True))
+
     def stopped(
         self,
         session: ExecSession,
