@@ -40,6 +40,7 @@ from support.runtimes import RuntimeHost, crun_host, runc_host
 from support.service import Service
 
 HANDS = 6
+SAMPLES = 6
 WARM_UP = 0.1
 WARM_UP_MAX = 60.0
 QUIET = 90.0
@@ -49,6 +50,9 @@ _GROWTH = {"keeper": 2 * MIB, "worker": 24 * MIB}
 """What a keeper and a worker may have grown between the warm-up and the end."""
 
 _ENVIRONMENT = {"EXECGATE_RETENTION_SECONDS": "30", "EXECGATE_CREATED_LIFETIME_SECONDS": "60"}
+
+Memory = Sequence[tuple[str, int, int]]
+"""Of keeper and worker: the bytes before, and after."""
 
 
 class Soak:
@@ -60,8 +64,8 @@ class Soak:
         self.disturber = Disturber(service, where.unrest, restart)
         self.failures: list[str] = []
         self.interrupted = False
-        self.memory: list[tuple[str, int, int]] = []
-        self._errands = 0
+        self.weights: list[tuple[int, int]] = []
+        """What the worker had in memory after so many pieces of work, in the last part that left it alone."""
         self._until = 0.0
         self._lock = threading.Lock()
         self.watch = Watch(lambda: self.disturber.service, self.over)
@@ -92,7 +96,7 @@ class Soak:
             dice = self._dice(f"{name}, workers")
             tasks.append(lambda: self.disturber.disturb(dice, keepers=keepers, until=self.over))
         else:
-            tasks.append(lambda: self._weigh(name, seconds))
+            tasks.append(lambda: self._weigh(seconds))
         threads = [threading.Thread(target=self._guarded, args=(task,)) for task in tasks]
         for thread in threads:
             thread.start()
@@ -105,6 +109,7 @@ class Soak:
 
     def _hand(self, name: str, kinds: Sequence[Kind]) -> None:
         """Do one piece of work after the other. Each has dice of its own: a crash in one changes no other."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a Ctrl-C is not for the programs that it starts
         choice = self._dice(name)
         number = 0
         while not self.over():
@@ -131,18 +136,17 @@ class Soak:
 
     def _count(self, name: str) -> None:
         with self._lock:
-            self._errands += 1
             self.where.done[name] += 1
 
-    def _weigh(self, name: str, seconds: float) -> None:
-        """Note what keeper and worker weigh, by what was done until then."""
-        for _ in range(5):
-            self.memory.append((name, self._errands, resident(self.service.pid)))
-            pause(seconds / 4 - 1, self.over)
+    def _weigh(self, seconds: float) -> None:
+        """Note what the worker weighs, by what was done until then."""
+        self.weights = []
+        while not self.over():
+            self.weights.append((self.where.done.total(), resident(self.service.pid)))
+            pause(seconds / SAMPLES, self.over)
 
     def _guarded(self, task: Callable[[], None]) -> None:
-        """Run one of the threads. Programs that it starts must not get the terminal's Ctrl-C."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        """Run one of the threads."""
         try:
             task()
         except Exception as error:
@@ -169,6 +173,10 @@ class Soak:
         """Return what there is."""
         return Inventory.of(self.service, self.where.containers, self.where.made)
 
+    def memory(self) -> dict[str, int]:
+        """Return what keeper and worker have in memory, in bytes."""
+        return {"keeper": resident(self.service.keeper), "worker": resident(self.service.pid)}
+
     def settled(self) -> Inventory:
         """Return what there is once it does not change any more."""
         self.cleared()
@@ -194,7 +202,9 @@ class Soak:
         return now
 
 
-def summary(soak: Soak, before: Inventory, after: Inventory, memory: Sequence[tuple[str, int, int]]) -> Iterator[str]:
+def summary(
+    soak: Soak, before: Inventory, after: Inventory | None, memory: Sequence[tuple[str, int, int]]
+) -> Iterator[str]:
     """Tell what was done and what came of it."""
     done = soak.where.done
     yield f"{done.total()} pieces of work: {', '.join(f'{name} {count}' for name, count in sorted(done.items()))}"
@@ -202,12 +212,11 @@ def summary(soak: Soak, before: Inventory, after: Inventory, memory: Sequence[tu
     most = {name: f"{n / MIB:.1f} MiB" if "bytes" in name else n for name, n in sorted(soak.watch.most.items())}
     yield f"at most: {', '.join(f'{name} {n}' for name, n in most.items())}; /_ping {soak.watch.slowest:.3f} s"
     yield f"before: {before}"
-    yield f"after:  {after}"
+    yield f"after:  {after or 'not known: it has failed'}"
     for role, then, now in memory:
         yield f"memory of the {role}: {then / MIB:.1f} MiB before, {now / MIB:.1f} MiB after"
-    if soak.memory:
-        shown = ", ".join(f"{errands} done {size / MIB:.1f}" for _, errands, size in soak.memory)
-        yield f"memory of workers that were left alone, MiB: {shown}"
+    shown = ", ".join(f"{size / MIB:.1f} ({number})" for number, size in soak.weights)
+    yield f"memory of the last worker, MiB (after so many pieces of work): {shown}"
 
 
 def soaked(soak: Soak, seconds: float, kinds: Sequence[Kind]) -> None:
@@ -217,20 +226,22 @@ def soaked(soak: Soak, seconds: float, kinds: Sequence[Kind]) -> None:
     if soak.failures:
         return
     before = soak.settled()
-    weights = {"keeper": resident(soak.service.keeper), "worker": resident(soak.service.pid)}
+    weights = soak.memory()
     soak.where.done.clear()
     soak.part("first third", seconds / 3, workers=True, keepers=True, only=kinds)
     soak.part("second third", seconds / 3, workers=True, keepers=False, only=kinds)
     soak.part("last third", seconds / 3, workers=False, keepers=False, only=kinds)
-    after = soak.inventory() if soak.failures else soak.compare(before)
-    soak.watch.look()
-    memory = [
-        ("keeper", weights["keeper"], resident(soak.service.keeper)),
-        ("worker", weights["worker"], resident(soak.service.pid)),
-    ]
-    for role, then, now in memory:
-        if now - then > _GROWTH[role]:
-            soak.failures.append(f"the {role} has grown by {(now - then) / MIB:.1f} MiB")
+    after, memory = None, []
+    if not soak.failures:
+        after = soak.compare(before)
+        soak.watch.look()
+        now = soak.memory()
+        memory = [(role, weights[role], now[role]) for role in now]
+        soak.failures += [
+            f"the {role} has grown by {(end - begin) / MIB:.1f} MiB"
+            for role, begin, end in memory
+            if end - begin > _GROWTH[role]
+        ]
     for line in summary(soak, before, after, memory):
         print(f"soak: {line}", flush=True)
 
