@@ -130,15 +130,20 @@ def test_killed_while_it_ends_what_has_had_its_time(new_service: NewService, run
     session = api.create(runc_container.id, "sh", "-c", script, Timeout=1, CaptureStdout=True)
     assert api.start_detached(session).status == 200
     pidfd = os.pidfd_open(api.inspect(session)["Pid"])
-    with api.connect() as connection:
-        connection.send(request_bytes("GET", f"/exec/{session}/logs?follow=1"))
-        assert connection.read_head().status == 200
-        assert b"told" in next(connection.read_chunks())
+    _wait_for_output(api, session)
     os.kill(service.pid, signal.SIGSTOP)
     _wait_for_end(pidfd)
     service.crash()
     ended = api.wait_stopped(session)
     assert (ended["ExitCode"], ended["TimedOut"]) == (3, True)
+
+
+def _wait_for_output(api: RawApi, session: str, *, after: int = 0) -> None:
+    """Return once something was captured from that offset on."""
+    with api.connect() as connection:
+        connection.send(request_bytes("GET", f"/exec/{session}/logs?follow=1&after={after}"))
+        assert connection.read_head().status == 200
+        next(connection.read_chunks())
 
 
 def _wait_for_end(pidfd: int) -> None:
@@ -223,6 +228,21 @@ def test_a_wait_and_an_idle_connection_notice_no_reload(new_service: NewService,
         answer = waiting.result()
     assert answer.status == 200
     assert answer.json["StatusCode"] == 3
+
+
+def test_a_stop_keeps_its_grace_in_a_reload(new_service: NewService, runc_container: TestContainer) -> None:
+    service = new_service()
+    api = RawApi(service.socket)
+    script = "trap 'echo told; sleep 2; exit 7' TERM; echo; while :; do sleep 0.05; done"
+    session = api.create(runc_container.id, "sh", "-c", script, CaptureStdout=True)
+    assert api.start_detached(session).status == 200
+    _wait_for_output(api, session)  # its trap is set
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(api.call, "POST", f"/exec/{session}/stop?t=20")
+        _wait_for_output(api, session, after=1)
+        service.reload()
+        assert stopping.result().status == 204
+    assert api.inspect(session)["ExitCode"] == 7
 
 
 def test_a_reload_that_fails_changes_nothing(new_service: NewService, runc_container: TestContainer) -> None:

@@ -275,10 +275,15 @@ class LiveSession:
             raise self._not_running()
 
     async def stop(self, grace: float) -> None:
-        """Ask the process to end, and after `grace` seconds, or its end, kill what is left of its tree."""
+        """Ask the process to end, and after `grace` seconds, or its end, kill what is left of its tree.
+
+        Returns early when the session is parted from meanwhile.
+        """
         tree = self._tree()
         if grace > 0 and tree.signal(signal.SIGTERM) and self._exited is not None:
             await asyncio.wait([self._exited], timeout=grace)
+            if self._exited.cancelled():  # the service ends, and not the process: the next one is asked once more
+                return
         await tree.kill(self._monitor())
 
     async def attach(
