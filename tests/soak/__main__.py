@@ -299,6 +299,7 @@ def run(seconds: float, seed: int, kinds: Sequence[Kind]) -> int:
         for failure in soak.failures:
             print(f"soak: FAILED (seed {seed}): {failure}", file=sys.stderr)
         if soak.failures:
+            print("\n".join(["soak: what was done last:", *unrest.story]), file=sys.stderr)
             print(soak.service.log()[-8000:], file=sys.stderr)
             print(f"soak: failed; again with: make soak SECONDS={seconds:g} SEED={seed}", file=sys.stderr)
         return 1 if soak.failures else 0

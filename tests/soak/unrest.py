@@ -12,10 +12,12 @@ import signal
 import statistics
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from execgate.runtime.pidfd import exit_status
+from execgate.runtime.readiness import Descriptor
 from support.api import RawApi
 from support.leaks import monitors
 from support.processes import children
@@ -44,6 +46,8 @@ class Unrest:
     replacements: int = 0
     done: Counter[str] = field(default_factory=Counter)
     answered: list[float] = field(default_factory=list)
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+    """What was done last, and when it was begun."""
 
     def now(self) -> Moment:
         """Return what to compare with later."""
@@ -56,6 +60,10 @@ class Unrest:
     def replaced_since(self, moment: Moment) -> bool:
         """Whether a worker was killed or has handed over at any time since then."""
         return self.replacements != moment.replacements or moment.replacements % 2 == 1
+
+    def tell(self, what: str) -> None:
+        """Note what is about to be done, for those who look for the cause of a failure."""
+        self.story.append(f"{time.strftime('%H:%M:%S')}.{time.time_ns() // 10**6 % 1000:03d} {what}")
 
     @contextlib.contextmanager
     def crash(self) -> Iterator[None]:
@@ -137,7 +145,9 @@ class Disturber:
 
     def kill_heir(self) -> None:
         """Kill the worker that stands by: nobody may notice."""
-        for pid in children(self.service.keeper) - {self.service.pid}:
+        heirs = children(self.service.keeper) - {self.service.pid}
+        self.unrest.tell(f"heir killed ({heirs})")
+        for pid in heirs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.unrest.done["heir killed"] += 1
@@ -145,19 +155,22 @@ class Disturber:
     def kill_keeper(self) -> None:
         """Kill the keeper, and have the next `execgate serve` take over from its worker."""
         with self._measured("keeper killed"), self.unrest.replacement():
-            worker = os.pidfd_open(self.service.pid)
+            worker = Descriptor(os.pidfd_open(self.service.pid))
             try:
                 self.service.process.kill()
                 self.service.process.wait()
                 self.service.kill()  # what is left of it is our end of its notification socket
                 self.service = self._restart()
                 assert select.select([worker], [], [], ANSWERS_WITHIN)[0], "an orphan stays when its heir serves"
+                status = exit_status(worker)
+                assert status is None or status.code == 0, f"an orphan did not hand over, but ended with {status.code}"
             finally:
-                os.close(worker)
+                worker.close()
 
     @contextlib.contextmanager
     def _measured(self, name: str) -> Iterator[None]:
         """Take the time until the service answers again, and hold it to its bound."""
+        self.unrest.tell(f"{name} (worker {self.service.pid}, keeper {self.service.keeper})")
         begun = time.monotonic()
         yield
         assert RawApi(self.service.socket).call("GET", "/_ping").status == 200
@@ -175,8 +188,11 @@ def stop_monitors(service: Service, unrest: Unrest, dice: random.Random, until: 
         if not (found := sorted(monitors(service.state_dir))):
             continue
         with contextlib.suppress(ProcessLookupError):
-            monitor = os.pidfd_open(dice.choice(found))
+            pid = dice.choice(found)
+            monitor = os.pidfd_open(pid)
             try:
+                if pid not in monitors(service.state_dir):  # it has ended, and the number is somebody else's
+                    continue
                 signal.pidfd_send_signal(monitor, signal.SIGSTOP)
                 time.sleep(dice.uniform(*_STOPPED))
                 signal.pidfd_send_signal(monitor, signal.SIGCONT)

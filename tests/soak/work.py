@@ -1,5 +1,6 @@
 """The kinds of work. Each knows what must come of it, also when a worker was killed or replaced meanwhile."""
 
+import os
 import secrets
 import shutil
 import threading
@@ -7,9 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from os import kill
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, pidfd_send_signal
 from typing import Any
 
 from execgate.wire.stdcopy import Demultiplexer
@@ -107,9 +107,9 @@ def no_conmon(errand: Errand) -> None:
     """A conmon that is killed: the process goes on, its code is known or said to be unknown."""
     session = errand.begin("sh", "-c", "sleep 1; exit 8")
     for pid in monitors(errand.field.socket.parent / "state"):
-        with suppress(OSError):
+        with suppress(OSError), os.fdopen(os.pidfd_open(pid)) as monitor:
             if session[:32].encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                kill(pid, SIGKILL)
+                pidfd_send_signal(monitor.fileno(), SIGKILL)
     errand.end(session, 8, unknown=True)
 
 
