@@ -282,6 +282,43 @@ def test_a_keeper_that_is_killed_costs_nothing(new_service: NewService, runc_con
     second.stop()
 
 
+def test_a_keeper_that_is_killed_beside_something_that_is_stopped(
+    new_service: NewService, runc_container: TestContainer, host_dir: Path
+) -> None:
+    """The worker's process group is orphaned, and the kernel sends a SIGHUP to all of it."""
+    conmon = host_dir / "conmon-that-stops"
+    mark = host_dir / "stopped-once"
+    mark.mkdir()
+    real = shutil.which("conmon")
+    conmon.write_text(f'#!/bin/sh\nif mkdir {mark} 2>/dev/null; then kill -STOP $$; fi\nexec {real} "$@"\n')
+    conmon.chmod(0o755)
+    flags = [f"--conmon={conmon}"]
+    first = new_service(flags=flags)
+    api = RawApi(first.socket)
+    with api.open(runc_container.id, "cat", stdin=True) as control, ThreadPoolExecutor(1) as pool:
+        mark.rmdir()
+        hanging = pool.submit(api.start_detached, api.create(runc_container.id, "true"))
+        _wait_for_stopped_child(first.pid)
+        first.process.kill()
+        first.process.wait()
+        assert hanging.result().status in (400, 500)
+        assert control.echo(b"one\n") == b"one\n"
+        second = new_service(first.directory, flags=flags)
+        assert control.echo(b"two\n") == b"two\n"
+        control.half_close()
+        assert control.finish() == (b"", b"")
+    assert api.pipe(runc_container.id, "true").exit_code == 0
+    second.stop()
+
+
+def _wait_for_stopped_child(pid: int) -> None:
+    """Return once a child is stopped; what has no event for anybody but its parent."""
+    deadline = time.monotonic() + 20
+    while not any(") T " in Path(f"/proc/{child}/stat").read_text() for child in children(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_nothing_stays_in_the_keeper(new_service: NewService, runc_container: TestContainer) -> None:
     service = new_service()
     api = RawApi(service.socket)
