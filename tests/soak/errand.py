@@ -155,6 +155,12 @@ class Errand:
             raise Cut
         raise AssertionError(f"session {session[:12]} ended with {code} ({source}, {state['Error']!r}) and not {codes}")
 
+    def end_of_input(self, session: str, *codes: int) -> None:
+        """Wait for an end that its client's last input brings; a crash may have taken that, and then it goes on."""
+        if self.crashed and self.insist(lambda: self.api.inspect(session))["Running"]:
+            raise Cut
+        self.end(session, *codes)
+
     def kill(self, session: str) -> None:
         """Kill what runs; the answer comes after the end."""
         status = self.insist(lambda: self.api.call("POST", f"/exec/{session}/kill")).status

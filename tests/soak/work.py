@@ -255,7 +255,7 @@ def echo(errand: Errand) -> None:
             time.sleep(0.02)
         control.half_close()
         errand.check(errand.rest(control), b"", "what comes behind the end of input")
-        errand.end(control.id, 0)
+        errand.end_of_input(control.id, 0)
 
 
 def streamed(errand: Errand) -> None:
@@ -278,7 +278,7 @@ def streamed(errand: Errand) -> None:
             with suppress(OSError):
                 stream.connection.socket.shutdown(2)
             sender.join()
-    errand.end(session, 0)
+    errand.end_of_input(session, 0)
 
 
 def poured(errand: Errand) -> None:
@@ -303,7 +303,7 @@ def terminal(errand: Errand) -> None:
         code = errand.dice.randrange(256)
         stream.send(b"exit %d\n" % code)
         errand.rest(stream)
-        errand.end(stream.id, code)
+        errand.end_of_input(stream.id, code)
 
 
 def vanished(errand: Errand) -> None:
