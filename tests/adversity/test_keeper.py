@@ -109,6 +109,40 @@ def test_killed_between_the_record_and_the_spawn(
     assert api.pipe(runc_container.id, "true").exit_code == 0
 
 
+def test_killed_while_a_terminal_is_set_up(
+    new_service: NewService, runc_container: TestContainer, host_dir: Path
+) -> None:
+    """conmon keeps nothing of what a terminal shows before somebody listens: nothing may run by then."""
+    conmon = host_dir / "conmon-that-takes-its-time"
+    mark = host_dir / "delayed-once"
+    real = shutil.which("conmon")
+    conmon.write_text(f'#!/bin/sh\nif mkdir {mark} 2>/dev/null; then sleep 1; fi\nexec {real} "$@"\n')
+    conmon.chmod(0o755)
+    service = new_service(flags=[f"--conmon={conmon}"])
+    api = RawApi(service.socket)
+    ran = runc_container.rootfs / "tmp/ran-unheard"
+    ran.unlink(missing_ok=True)
+    session = api.create(
+        runc_container.id, "sh", "-c", "touch /tmp/ran-unheard; echo here; exit 8", Tty=True, CaptureStdout=True
+    )
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(api.start_detached, session)
+        deadline = time.monotonic() + 20
+        while not mark.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.3)  # the worker waits for conmon by now
+        assert list(service.state_dir.glob("sessions/*"))
+        assert not list(service.state_dir.glob("sessions/*/process.json")), "what conmon is to run"
+        service.crash()
+        with pytest.raises((EOFError, ConnectionError)):
+            starting.result()
+    code = api.wait_stopped(session)["ExitCode"]
+    shown = api.call("GET", f"/exec/{session}/logs").body
+    assert (shown, ran.exists()) == ((b"here\r\n", True) if code == 8 else (b"", False)), code
+    assert api.pipe(runc_container.id, "true").exit_code == 0
+
+
 def test_a_session_ends_while_nobody_serves(new_service: NewService, runc_container: TestContainer) -> None:
     """The exit code comes from what conmon left in the pipe or the file, although its service is stopped or dead."""
     service = new_service(env={"EXECGATE_STANDBY": "false"})

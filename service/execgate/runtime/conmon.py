@@ -198,10 +198,11 @@ class ConmonRuntime:
             # conmon initialises meanwhile, on another processor.
             self._cgroups.add(request.session_id, execution.monitor_pid)
             record = intend()
-            execution.keep()  # before there is anything to run: what runs is kept
-            _write_files(directory, request.process, Held(execution.held, execution.monitor, record))
+            # What runs is kept, and somebody listens to it: before there is anything to run.
+            execution.keep()
             if request.tty and request.attached:
                 await asyncio.wait_for(execution.connect(), self._start_timeout)
+            _write_files(directory, request.process, Held(execution.held, execution.monitor, record))
         except BaseException as error:
             await execution.abort()
             if isinstance(error, TimeoutError | ConnectionError):
