@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -87,19 +88,20 @@ class Soak:
             return
         print(f"soak: {name}, {seconds:.0f} s", flush=True)
         self._until = time.monotonic() + seconds
-        dice = self._dice(f"{name}, monitors")
-        tasks: list[Callable[[], None]] = [
-            *(lambda number=number: self._hand(f"{name}, hand {number}", only) for number in range(HANDS)),
-            lambda: self._hand(f"{name}, containers", [recreated]),
-            lambda: stop_monitors(self.service, self.where.unrest, dice, self.over),
-            self.watch.run,
-        ]
+        monitors, unrest = self._dice(f"{name}, monitors"), self._dice(f"{name}, workers")
+        tasks: dict[str, Callable[[], None]] = {
+            hand: partial(self._hand, hand, only) for hand in (f"{name}, hand {number}" for number in range(HANDS))
+        }
+        tasks |= {
+            f"{name}, containers": lambda: self._hand(f"{name}, containers", [recreated]),
+            f"{name}, monitors": lambda: stop_monitors(self.service, self.where.unrest, monitors, self.over),
+            f"{name}, watch": self.watch.run,
+        }
         if workers:
-            dice = self._dice(f"{name}, workers")
-            tasks.append(lambda: self.disturber.disturb(dice, keepers=keepers, until=self.over))
+            tasks[f"{name}, workers"] = lambda: self.disturber.disturb(unrest, keepers=keepers, until=self.over)
         else:
-            tasks.append(lambda: self._weigh(seconds))
-        threads = [threading.Thread(target=self._guarded, args=(task,)) for task in tasks]
+            tasks[f"{name}, scales"] = lambda: self._weigh(seconds)
+        threads = [threading.Thread(target=self._guarded, args=one) for one in tasks.items()]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -147,17 +149,17 @@ class Soak:
             self.weights.append((self.where.done.total(), resident(self.service.pid)))
             pause(seconds / SAMPLES, self.over)
 
-    def _guarded(self, task: Callable[[], None]) -> None:
+    def _guarded(self, name: str, task: Callable[[], None]) -> None:
         """Run one of the threads."""
         try:
             task()
         except Exception as error:
-            self._failed(f"the {getattr(task, '__qualname__', 'task')}", error)
+            self._failed(name, error)
 
     def _failed(self, who: str, error: Exception) -> None:
         places = [f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__)]
         reasons = [f"{one!r}" for one in (error, error.__cause__, error.__context__) if one is not None]
-        text = f"{time.strftime('%H:%M:%S')} {who}: {' <- '.join(dict.fromkeys(reasons))} at {' > '.join(places[-4:])}"
+        text = f"{time.strftime('%H:%M:%S')} {who}: {' <- '.join(dict.fromkeys(reasons))} at {' > '.join(places[-8:])}"
         with self._lock:
             self.failures.append(text)
         print(f"soak: {text}", file=sys.stderr, flush=True)

@@ -3,9 +3,10 @@
 The order of things, and why (facts: conmon 2.1.6's `src/conmon.c`):
 
 1. `prepare` makes the session's directory and the pipes and spawns conmon, which blocks in a read of the *start
-   pipe*; then it writes process.json. Whatever this host cannot give (descriptors, processes, space) has failed by
-   now, while the caller can still answer with a status.
-2. With a TTY conmon gets one byte now, opens its attach socket, says so on the *attach pipe*, and blocks again.
+   pipe*. Whatever this host cannot give (descriptors, processes, space) fails here, while the caller can still answer
+   with a status.
+2. With a TTY conmon gets one byte now, opens its attach socket, says so on the *attach pipe*, and blocks again. Only
+   when that is connected to process.json is written: conmon is let go by our death too, and would run it unheard.
 3. The caller puts the head of its answer on the wire.
 4. `start` lets conmon go: the runtime runs, and the pid comes over the *sync pipe*, or the pipe ends: the start
    failed, and the runtime's log has the reason. (In passthrough conmon has nothing to say itself: the runtime's
