@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from support.api import RawApi
+from support.api import RawApi, demultiplex
 from support.faults import faulty_runtime
 from support.leaks import assert_no_leaks, footprint
 from support.processes import children
@@ -277,6 +277,29 @@ def test_a_stop_keeps_its_grace_in_a_reload(new_service: NewService, runc_contai
         service.reload()
         assert stopping.result().status == 204
     assert api.inspect(session)["ExitCode"] == 7
+
+
+def test_logs_that_are_being_read_notice_no_reload(new_service: NewService, runc_container: TestContainer) -> None:
+    """What is captured already is an answer that comes soon: it is not cut."""
+    service = new_service()
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", STREAM, CaptureStdout=True)
+    assert api.start_detached(session).status == 200
+    assert api.wait_stopped(session)["ExitCode"] == 7
+    with api.connect() as connection, ThreadPoolExecutor(1) as pool:
+        connection.send(request_bytes("GET", f"/exec/{session}/logs"))
+        assert connection.read_head().status == 200
+        before = service.pid
+        os.kill(service.keeper, signal.SIGHUP)
+        reloaded = pool.submit(service.await_ready)
+        chunks = connection.read_chunks()
+        body = next(chunks)
+        while service.log().count("hands over") == 0:  # the rest is read while that goes on
+            time.sleep(0.01)
+        body += b"".join(chunks)
+        reloaded.result()
+    assert demultiplex(body) == (EXPECTED, b"")
+    assert service.pid != before
 
 
 def test_a_reload_that_fails_changes_nothing(new_service: NewService, runc_container: TestContainer) -> None:

@@ -149,10 +149,9 @@ class SessionRoutes:
             }
         )
         await response.prepare(request)
-        sending = asyncio.ensure_future(
-            _send_logs(response, backlog, after, wanted, follow=flag(request, "follow"), raw=raw)
-        )
-        if await _unless_gone(request, sending):
+        follow = flag(request, "follow")
+        sending = asyncio.ensure_future(_send_logs(response, backlog, after, wanted, follow=follow, raw=raw))
+        if await _unless_gone(request, sending, patient=follow):
             sending.result()
         return response
 
@@ -275,12 +274,13 @@ async def _send_logs(
                 offset = chunk.end
 
 
-async def _unless_gone(request: web.Request, work: "asyncio.Future[Any]") -> bool:
+async def _unless_gone(request: web.Request, work: "asyncio.Future[Any]", *, patient: bool = True) -> bool:
     """Wait for `work`; when the client goes before, cancel it. Return whether there is a result to be told.
 
+    `patient` is work that may take for ever: a service that hands over does not wait for it.
     A half-close is not going: on a unix socket the kernel tells the two apart (POLLHUP), over TCP nothing does.
     """
-    front_of(request).patient = True
+    front_of(request).patient = patient
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
