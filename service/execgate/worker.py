@@ -51,6 +51,7 @@ class KeeperLink:
                     self._connection.setblocking(False)
                     return True
                 self.inherit(message)
+        self._connection.close()
         return False
 
     def inherit(self, message: protocol.Message) -> None:

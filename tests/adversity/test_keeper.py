@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from support.api import RawApi
+from support.api import RawApi, demultiplex
 from support.faults import faulty_runtime
 from support.leaks import assert_no_leaks, footprint
 from support.processes import children
+from support.raw import request_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service, execgate_program, write_config
 from support.systemd import Manager
@@ -111,6 +112,40 @@ def test_killed_between_the_record_and_the_spawn(
     assert api.pipe(runc_container.id, "true").exit_code == 0
 
 
+def test_killed_while_a_terminal_is_set_up(
+    new_service: NewService, runc_container: TestContainer, host_dir: Path
+) -> None:
+    """conmon keeps nothing of what a terminal shows before somebody listens: nothing may run by then."""
+    conmon = host_dir / "conmon-that-takes-its-time"
+    mark = host_dir / "delayed-once"
+    real = shutil.which("conmon")
+    conmon.write_text(f'#!/bin/sh\nif mkdir {mark} 2>/dev/null; then sleep 1; fi\nexec {real} "$@"\n')
+    conmon.chmod(0o755)
+    service = new_service(flags=[f"--conmon={conmon}"])
+    api = RawApi(service.socket)
+    ran = runc_container.rootfs / "tmp/ran-unheard"
+    ran.unlink(missing_ok=True)
+    session = api.create(
+        runc_container.id, "sh", "-c", "touch /tmp/ran-unheard; echo here; exit 8", Tty=True, CaptureStdout=True
+    )
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(api.start_detached, session)
+        deadline = time.monotonic() + 20
+        while not mark.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.3)  # the worker waits for conmon by now
+        assert list(service.state_dir.glob("sessions/*"))
+        assert not list(service.state_dir.glob("sessions/*/process.json")), "what conmon is to run"
+        service.crash()
+        with pytest.raises((EOFError, ConnectionError)):
+            starting.result()
+    code = api.wait_stopped(session)["ExitCode"]
+    shown = api.call("GET", f"/exec/{session}/logs").body
+    assert (shown, ran.exists()) == ((b"here\r\n", True) if code == 8 else (b"", False)), code
+    assert api.pipe(runc_container.id, "true").exit_code == 0
+
+
 def test_a_session_ends_while_nobody_serves(watched_service: NewService, runc_container: TestContainer) -> None:
     """The exit code comes from what conmon left in the pipe or the file, although its service is stopped or dead."""
     service = watched_service(dies="worker", env={"EXECGATE_STANDBY": "false"})
@@ -122,6 +157,30 @@ def test_a_session_ends_while_nobody_serves(watched_service: NewService, runc_co
     _wait_for_end(pidfd)
     service.crash()
     assert api.wait_stopped(session)["ExitCode"] == 11
+
+
+def test_killed_while_it_ends_what_has_had_its_time(new_service: NewService, runc_container: TestContainer) -> None:
+    """The process was told to end; the worker that knows why does not live to see it."""
+    service = new_service()
+    api = RawApi(service.socket)
+    script = "trap 'echo told; sleep 1; exit 3' TERM; while :; do sleep 0.05; done"
+    session = api.create(runc_container.id, "sh", "-c", script, Timeout=1, CaptureStdout=True)
+    assert api.start_detached(session).status == 200
+    pidfd = os.pidfd_open(api.inspect(session)["Pid"])
+    _wait_for_output(api, session)
+    os.kill(service.pid, signal.SIGSTOP)
+    _wait_for_end(pidfd)
+    service.crash()
+    ended = api.wait_stopped(session)
+    assert (ended["ExitCode"], ended["TimedOut"]) == (3, True)
+
+
+def _wait_for_output(api: RawApi, session: str, *, after: int = 0) -> None:
+    """Return once something was captured from that offset on."""
+    with api.connect() as connection:
+        connection.send(request_bytes("GET", f"/exec/{session}/logs?follow=1&after={after}"))
+        assert connection.read_head().status == 200
+        next(connection.read_chunks())
 
 
 def _wait_for_end(pidfd: int) -> None:
@@ -210,6 +269,44 @@ def test_a_wait_and_an_idle_connection_notice_no_reload(
     assert answer.json["StatusCode"] == 3
 
 
+def test_a_stop_keeps_its_grace_in_a_reload(new_service: NewService, runc_container: TestContainer) -> None:
+    service = new_service()
+    api = RawApi(service.socket)
+    script = "trap 'echo told; sleep 2; exit 7' TERM; echo; while :; do sleep 0.05; done"
+    session = api.create(runc_container.id, "sh", "-c", script, CaptureStdout=True)
+    assert api.start_detached(session).status == 200
+    _wait_for_output(api, session)  # its trap is set
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(api.call, "POST", f"/exec/{session}/stop?t=20")
+        _wait_for_output(api, session, after=1)
+        service.reload()
+        assert stopping.result().status == 204
+    assert api.inspect(session)["ExitCode"] == 7
+
+
+def test_logs_that_are_being_read_notice_no_reload(new_service: NewService, runc_container: TestContainer) -> None:
+    """What is captured already is an answer that comes soon: it is not cut."""
+    service = new_service()
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", STREAM, CaptureStdout=True)
+    assert api.start_detached(session).status == 200
+    assert api.wait_stopped(session)["ExitCode"] == 7
+    with api.connect() as connection, ThreadPoolExecutor(1) as pool:
+        connection.send(request_bytes("GET", f"/exec/{session}/logs"))
+        assert connection.read_head().status == 200
+        before = service.pid
+        os.kill(service.keeper, signal.SIGHUP)
+        reloaded = pool.submit(service.await_ready)
+        chunks = connection.read_chunks()
+        body = next(chunks)
+        while service.log().count("hands over") == 0:  # the rest is read while that goes on
+            time.sleep(0.01)
+        body += b"".join(chunks)
+        reloaded.result()
+    assert demultiplex(body) == (EXPECTED, b"")
+    assert service.pid != before
+
+
 def test_a_reload_that_fails_changes_nothing(watched_service: NewService, runc_container: TestContainer) -> None:
     service = watched_service()
     config = service.directory / "execgate.toml"
@@ -245,6 +342,43 @@ def test_a_keeper_that_is_killed_costs_nothing(new_service: NewService, runc_con
         assert control.finish() == (b"", b"")
         assert control.exit_code() == 0
     second.stop()
+
+
+def test_a_keeper_that_is_killed_beside_something_that_is_stopped(
+    new_service: NewService, runc_container: TestContainer, host_dir: Path
+) -> None:
+    """The worker's process group is orphaned, and the kernel sends a SIGHUP to all of it."""
+    conmon = host_dir / "conmon-that-stops"
+    mark = host_dir / "stopped-once"
+    mark.mkdir()
+    real = shutil.which("conmon")
+    conmon.write_text(f'#!/bin/sh\nif mkdir {mark} 2>/dev/null; then kill -STOP $$; fi\nexec {real} "$@"\n')
+    conmon.chmod(0o755)
+    flags = [f"--conmon={conmon}"]
+    first = new_service(flags=flags)
+    api = RawApi(first.socket)
+    with api.open(runc_container.id, "cat", stdin=True) as control, ThreadPoolExecutor(1) as pool:
+        mark.rmdir()
+        hanging = pool.submit(api.start_detached, api.create(runc_container.id, "true"))
+        _wait_for_stopped_child(first.pid)
+        first.process.kill()
+        first.process.wait()
+        assert hanging.result().status in (400, 500)
+        assert control.echo(b"one\n") == b"one\n"
+        second = new_service(first.directory, flags=flags)
+        assert control.echo(b"two\n") == b"two\n"
+        control.half_close()
+        assert control.finish() == (b"", b"")
+    assert api.pipe(runc_container.id, "true").exit_code == 0
+    second.stop()
+
+
+def _wait_for_stopped_child(pid: int) -> None:
+    """Return once a child is stopped; what has no event for anybody but its parent."""
+    deadline = time.monotonic() + 20
+    while not any(") T " in Path(f"/proc/{child}/stat").read_text() for child in children(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_nothing_stays_in_the_keeper(new_service: NewService, runc_container: TestContainer) -> None:

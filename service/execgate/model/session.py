@@ -39,6 +39,7 @@ TRANSITIONS: frozenset[tuple[SessionState, SessionState]] = frozenset(
         ),  # its container is gone, or a start was refused before the spawn
         (SessionState.STARTING, SessionState.RUNNING),
         (SessionState.STARTING, SessionState.STOPPED),
+        (SessionState.RUNNING, SessionState.RUNNING),  # its time is over, and it is about to be ended
         (SessionState.RUNNING, SessionState.STOPPED),
     }
 )

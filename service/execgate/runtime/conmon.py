@@ -3,9 +3,10 @@
 The order of things, and why (facts: conmon 2.1.6's `src/conmon.c`):
 
 1. `prepare` makes the session's directory and the pipes and spawns conmon, which blocks in a read of the *start
-   pipe*; then it writes process.json. Whatever this host cannot give (descriptors, processes, space) has failed by
-   now, while the caller can still answer with a status.
-2. With a TTY conmon gets one byte now, opens its attach socket, says so on the *attach pipe*, and blocks again.
+   pipe*. Whatever this host cannot give (descriptors, processes, space) fails here, while the caller can still answer
+   with a status.
+2. With a TTY conmon gets one byte now, opens its attach socket, says so on the *attach pipe*, and blocks again. Only
+   when that is connected to process.json is written: conmon is let go by our death too, and would run it unheard.
 3. The caller puts the head of its answer on the wire.
 4. `start` lets conmon go: the runtime runs, and the pid comes over the *sync pipe*, or the pipe ends: the start
    failed, and the runtime's log has the reason. (In passthrough conmon has nothing to say itself: the runtime's
@@ -198,10 +199,11 @@ class ConmonRuntime:
             # conmon initialises meanwhile, on another processor.
             self._cgroups.add(request.session_id, execution.monitor_pid)
             record = intend()
-            execution.keep()  # before there is anything to run: what runs is kept
-            _write_files(directory, request.process, Held(execution.held, execution.monitor, record))
+            # What runs is kept, and somebody listens to it: before there is anything to run.
+            execution.keep()
             if request.tty and request.attached:
                 await asyncio.wait_for(execution.connect(), self._start_timeout)
+            _write_files(directory, request.process, Held(execution.held, execution.monitor, record))
         except BaseException as error:
             await execution.abort()
             if isinstance(error, TimeoutError | ConnectionError):

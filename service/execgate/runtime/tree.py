@@ -24,6 +24,7 @@ import errno
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 
 from execgate.containers import proc
@@ -37,6 +38,10 @@ from execgate.runtime.readiness import Descriptor
 log = logging.getLogger(__name__)
 
 _HIERARCHY = b"execgate"
+_MOUNT_TIME = 2.0
+"""Seconds in which a hierarchy whose last user has just gone is torn down. Until then the kernel refuses it: a mount
+waits for that by restarting fsconfig(2), which finds its context spent, and says EBUSY. A service that follows one
+without sessions meets this."""
 _KILL_TIME = 10.0
 """Seconds in which a tree is killed again and again until nothing is left of it: one that forks takes several passes,
 and the kernel takes its time to end what has much memory."""
@@ -64,7 +69,7 @@ class SessionCgroups:
         """Mount the hierarchy if this host and our rights allow it."""
         for options in ((b"favordynmods",), ()):
             try:
-                return cls(_mount_detached(options))
+                return cls(_mount_when_free(options))
             except OSError as error:
                 reason = error.strerror
         log.warning("no cgroup hierarchy for sessions (%s): a kill can miss children that daemonized", reason)
@@ -241,6 +246,18 @@ def _all_pids() -> list[int]:
 
 def _name(session_id: SessionId) -> str:
     return session_id[:32]
+
+
+def _mount_when_free(options: tuple[bytes, ...]) -> Descriptor:
+    """Return a detached mount of the hierarchy, once an earlier one is torn down. Blocks, for a moment. OSError."""
+    deadline = time.monotonic() + _MOUNT_TIME
+    while True:
+        try:
+            return _mount_detached(options)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _mount_detached(options: tuple[bytes, ...]) -> Descriptor:

@@ -70,6 +70,10 @@ class Ledger:
         after = replace(session, state=SessionState.RUNNING, started_at=now, since=since)
         return self._keep(session, replace(after, process=process, monitor=monitor))
 
+    def expired(self, session: ExecSession) -> ExecSession:
+        """Keep that its time is over, before it is ended for it: whoever learns of its end cannot tell any more."""
+        return self._keep(session, replace(session, timed_out=True))
+
     def stopped(
         self,
         session: ExecSession,

@@ -188,7 +188,7 @@ class LiveSession:
         """Go on with a process that an earlier service started, or was about to start; None when that one crashed."""
         self.execution = execution
         self._handed, self._adopted = handed or Handed(), True
-        self._timed_out = self._handed.timed_out
+        self._timed_out = self._handed.timed_out or self.session.timed_out
         first = next((one.client for one in self._handed.attachments if one.first), None)
         if execution.starting:
             self.run(first)
@@ -275,7 +275,10 @@ class LiveSession:
             raise self._not_running()
 
     async def stop(self, grace: float) -> None:
-        """Ask the process to end, and after `grace` seconds, or its end, kill what is left of its tree."""
+        """Ask the process to end, and after `grace` seconds, or its end, kill what is left of its tree.
+
+        Returns early when the session is parted from meanwhile.
+        """
         tree = self._tree()
         if grace > 0 and tree.signal(signal.SIGTERM) and self._exited is not None:
             await asyncio.wait([self._exited], timeout=grace)
@@ -510,6 +513,7 @@ class LiveSession:
         if tree is None or not tree.alive:
             return  # the process was in time; its end is not noticed yet, or a background child holds the output
         self._timed_out = True
+        self.session = self._ledger.expired(self.session)
         self._do(self.stop(self._grace), self._kills)
 
     def _sweep_up(self, exited: "asyncio.Future[ExitStatus]") -> None:

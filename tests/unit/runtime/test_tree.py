@@ -1,6 +1,7 @@
 """Trees of real processes, ended as a whole: with the cgroup hierarchy of the sessions, and without."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from execgate.containers import proc
 from execgate.model.ids import SessionId, new_session_id
 from execgate.model.process import ProcessIdentity
-from execgate.runtime import pidfd
+from execgate.runtime import pidfd, tree
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 
 SOON = 10.0
@@ -255,6 +256,16 @@ def test_memberships_outlive_the_mount(hierarchy: SessionCgroups, family: Callab
         assert again.pids(one.session_id) == expected
     finally:
         again.close()
+
+
+@pytest.mark.usefixtures("hierarchy")
+def test_it_can_be_had_right_after_its_last_user_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a service that follows one without sessions: the kernel is still about to tear it down."""
+    monkeypatch.setattr(tree, "_HIERARCHY", f"execgate-{secrets.token_hex(4)}".encode())  # which has no other user
+    for _ in range(20):
+        following = SessionCgroups.open()
+        assert following.usable
+        following.close()
 
 
 def test_a_sweep_removes_what_is_empty(hierarchy: SessionCgroups, family: Callable[..., Family]) -> None:
