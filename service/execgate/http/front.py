@@ -69,7 +69,7 @@ class FrontProtocol(asyncio.Protocol):
         resumed: Progress | None = None,
         idle: float | None = None,
     ) -> None:
-        """`told` is called when a request has its answer, when all is written, and when the connection is over.
+        """`told` is called when a request has its answer or is patient, when all is written, and at the end of it all.
 
         `read` is what another front has read of the connection and handed over, and `resumed` what was done of the
         first request in it. `idle` is how many seconds the first byte to come may take; None: HEAD_TIMEOUT.
@@ -92,8 +92,7 @@ class FrontProtocol(asyncio.Protocol):
         self._request = bytearray()  # the one that is being answered, if it is one that could be asked again
         self._repeatable = False
         self._frozen = False
-        self.patient = False
-        """Whether the request that is being answered waits for something that may never happen."""
+        self._patient = False
         self.resumed = resumed
         """What an earlier service has done of the request that is being answered; None: it is a client's."""
         self.progress: Callable[[], Progress | None] = lambda: self.resumed
@@ -134,6 +133,16 @@ class FrontProtocol(asyncio.Protocol):
         if held is not None and (held or failed):
             return True
         return self._eof
+
+    @property
+    def patient(self) -> bool:
+        """Whether the request that is being answered waits for something that may never happen."""
+        return self._patient
+
+    @patient.setter
+    def patient(self, patient: bool) -> None:
+        self._patient = patient
+        self._told(self)  # nobody need wait for its answer any more
 
     @property
     def answering(self) -> bool:
@@ -190,7 +199,7 @@ class FrontProtocol(asyncio.Protocol):
     @property
     def busy(self) -> bool:
         """Whether an answer is owed that will come soon."""
-        return self._ours and self._outstanding > 0 and not self.patient
+        return self._ours and self._outstanding > 0 and not self._patient
 
     @property
     def unsent(self) -> bool:
@@ -370,7 +379,7 @@ class FrontProtocol(asyncio.Protocol):
         self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expired)
 
     def _forget_progress(self) -> None:
-        self.patient = False
+        self._patient = False
         self.resumed = None
         self.progress = lambda: self.resumed
 
