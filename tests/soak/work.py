@@ -290,6 +290,15 @@ def poured(errand: Errand) -> None:
         errand.end(stream.id, 7)
 
 
+def said_once(errand: Errand) -> None:
+    """A process that says one thing and then nothing: its client hears it."""
+    with errand.open("sh", "-c", "echo here; sleep 999", tty=errand.dice.random() < 0.5) as stream:
+        errand.shown(stream, b"here")
+        errand.kill(stream.id)
+        errand.rest(stream)
+        errand.end(stream.id, 137)
+
+
 def terminal(errand: Errand) -> None:
     """A shell in a terminal: what is typed is run, and it has the size that it was given."""
     with errand.open("sh", stdin=True, tty=True) as stream:
@@ -453,7 +462,7 @@ Kind = Callable[[Errand], None]
 KINDS: Sequence[Kind] = (
     exit_code, parallel, failing, killed, stopped, timed_out, no_conmon, removed, never_started,
     captured, captured_terminal, followed, attached_again, fed,
-    echo, streamed, poured, terminal, vanished,
+    echo, streamed, poured, said_once, terminal, vanished,
     docker_codes, docker_pipe, run, watched,
 )  # fmt: skip
 """What every hand does; `recreated` is the work of a hand of its own."""

@@ -131,6 +131,7 @@ class HijackedStream:
         self._writable = WriteWaiter(connection.fileno())
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._opening: asyncio.Task[None] | None = None
+        self._resumption: asyncio.Task[None] | None = None
         self._farewell: asyncio.Task[None] | None = None
         streams.hang_ups.watch(connection.fileno(), self._lose)
         streams.add(self)
@@ -140,6 +141,8 @@ class HijackedStream:
             self._opening = asyncio.create_task(self._open())
         if state.finished:
             self._begin_farewell()
+        elif self._output.accepted:
+            self._resumption = asyncio.create_task(self._resume())
 
     def __repr__(self) -> str:
         return (
@@ -285,6 +288,11 @@ class HijackedStream:
                 self._opening = None
         await self._flush(self._output, mark)
 
+    async def _resume(self) -> None:
+        """Deliver what an earlier service had accepted: its process may never write again."""
+        with contextlib.suppress(ClientGone):
+            await self._deliver()
+
     async def _flush(self, queue: "_Outgoing", mark: int) -> None:
         async with self._turn:
             while queue.written < mark:
@@ -403,7 +411,7 @@ class HijackedStream:
         self._streams.hang_ups.forget(self._socket.fileno())
         self._readable.release()
         self._writable.release()
-        for task in (self._opening, self._farewell):
+        for task in (self._opening, self._resumption, self._farewell):
             if task is not None:
                 task.cancel()
 

@@ -675,6 +675,16 @@ async def test_a_head_that_was_not_read_is_waited_for_by_the_successor(unix: Wor
     accepted.cancel()
 
 
+async def test_what_was_accepted_is_delivered_by_the_successor_although_nothing_follows(unix: World) -> None:
+    stream, peer = await unix.open(unsent=HEAD, head=len(HEAD))
+    accepted = asyncio.create_task(stream.send(1, b"one"))
+    await asyncio.sleep(A_WHILE)
+    unix.go_on(stream)
+    assert await peer.read(len(HEAD) + 11) == HEAD + frame(1, b"one")
+    stream.abandon()
+    accepted.cancel()
+
+
 async def test_a_head_that_was_not_sent_is_sent_by_the_successor(world: World) -> None:
     stream, peer = await world.open(unsent=HEAD, head=len(HEAD))
     accepted = asyncio.create_task(stream.send(1, b"one"))
