@@ -106,7 +106,12 @@ class Engine:
         `sizes` as it comes.
         """
         stream = LocalStream(self.sessions, self.sessions.inspect(session_id).id)
-        await stream.serve(self.sessions.start_attached(session_id, size, stream.take_over, preserved=preserved), sizes)
+
+        async def serving() -> None:
+            await self.sessions.start_attached(session_id, size, stream.take_over, preserved=preserved)
+            await stream.wait_closed()
+
+        await stream.serve(serving(), sizes)
         session = self.sessions.inspect(session_id)
         if session.exit is not None and session.exit.source is ExitSource.START_FAILURE:
             await stream.close()

@@ -88,7 +88,7 @@ class FrontProtocol(asyncio.Protocol):
         self._outstanding = 0
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
-        self._room = asyncio.Event()
+        self._room: asyncio.Future[None] | None = None
         self._request = bytearray()  # the one that is being answered, if it is one that could be asked again
         self._repeatable = False
         self._frozen = False
@@ -114,6 +114,7 @@ class FrontProtocol(asyncio.Protocol):
         self._request.clear()
         self._arm(None)
         transport.set_protocol(protocol)
+        self._release()
 
     def request_done(self, *, failed: bool) -> bool:
         """Note that the oldest request has its answer; return whether the connection must end with it.
@@ -160,9 +161,9 @@ class FrontProtocol(asyncio.Protocol):
     async def written(self) -> None:
         """Return once everything that was answered is on the wire. ConnectionError when the client is gone."""
         while self.transport.get_write_buffer_size():
-            self._room.clear()
+            self._room = self._room or asyncio.get_running_loop().create_future()
             self.transport.set_write_buffer_limits(high=0)
-            await self._room.wait()
+            await asyncio.wait([self._room])
 
     def cut(self) -> None:
         """End the connection at once, in the midst of an answer: it must not look complete."""
@@ -249,7 +250,7 @@ class FrontProtocol(asyncio.Protocol):
         """See asyncio.Protocol. A successor passes its own loss on to here."""
         self._transport, self._eof = None, True
         self._arm(None)
-        self._room.set()
+        self._tell_room()
         self._tell_left()
         self._told(self)
         self._inner.connection_lost(exc)
@@ -261,7 +262,7 @@ class FrontProtocol(asyncio.Protocol):
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._inner.resume_writing()
-        self._room.set()
+        self._tell_room()
         self._told(self)
 
     def eof_received(self) -> bool:
@@ -378,14 +379,32 @@ class FrontProtocol(asyncio.Protocol):
             self._timer.cancel()
         self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._expired)
 
+    def _release(self) -> None:
+        """Have aiohttp forget a connection that is not HTTP any more, with all that it keeps for one (some 10 KB).
+
+        The handler goes on, and what it returns is not written by anybody.
+        """
+        self._inner.transport = None  # or it would be closed
+        self._inner.connection_lost(None)
+        self._inner = _NOBODY
+
     def _forget_progress(self) -> None:
         self._patient = False
         self.resumed = None
         self.progress = lambda: self.resumed
 
+    def _tell_room(self) -> None:
+        room, self._room = self._room, None
+        if room is not None:
+            room.set_result(None)
+
     def _tell_left(self) -> None:
         if self._eof and self._left is not None and not self._left.done():
             self._left.set_result(None)
+
+
+_NOBODY = cast("web.RequestHandler", asyncio.Protocol())
+"""Gets told, in aiohttp's place, what becomes of a connection that is not HTTP any more: its loss."""
 
 
 def front_of(request: web.Request) -> FrontProtocol:

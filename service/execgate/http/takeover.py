@@ -69,7 +69,7 @@ def _stream(
 
 
 class AlreadyAnswered(web.StreamResponse):
-    """Tells aiohttp that nothing is left to be written: the connection was ours, and is closed."""
+    """Tells aiohttp that nothing is left to be written: the connection is ours."""
 
     def __init__(self) -> None:
         super().__init__()

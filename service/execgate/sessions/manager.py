@@ -257,7 +257,7 @@ class SessionManager:
         *,
         preserved: Sequence[int] = (),
     ) -> None:
-        """Start with a client; return when its stream is over, because of the process or of the client.
+        """Start with a client; return once it is the session's business.
 
         `take_over` is awaited once all is ready, and puts the head of the answer on the wire; what is raised before
         can still be answered with a status. What goes wrong after is told in the stream. `preserved` are descriptors
@@ -270,7 +270,6 @@ class SessionManager:
             await live.undo()
             raise
         live.run(client)
-        await client.wait_closed()
 
     async def resize(self, session_id: str, size: ConsoleSize) -> None:
         """Set the size of the session's terminal; before the start it is kept for the start."""

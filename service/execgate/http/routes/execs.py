@@ -66,7 +66,6 @@ class ExecRoutes:
             # What dockerd finds out after the hijack it says in the stream, and clients look there.
             stream = await take_over()
             await stream.finish(error.message)
-            await stream.wait_closed()
         return AlreadyAnswered()
 
     async def _start_detached(self, front: FrontProtocol, session_id: str, size: ConsoleSize | None) -> None:
