@@ -32,7 +32,7 @@ from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_ses
 from execgate.model.session import ByteCounts, ExecSession, SessionState
 from execgate.oci.process import build_process, validate_config
 from execgate.oci.users import container_user, resolve_user
-from execgate.runtime.conmon import ExecRequest
+from execgate.runtime.spawning import ExecRequest
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate

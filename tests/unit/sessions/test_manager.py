@@ -17,7 +17,7 @@ from execgate.model.errors import Conflict, Exhausted, NotFound, StartFailed, Un
 from execgate.model.ids import ContainerId, SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
-from execgate.runtime.conmon import ExecRequest
+from execgate.runtime.spawning import ExecRequest
 from execgate.runtime.streams import ExecStreams
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.events import EventBus

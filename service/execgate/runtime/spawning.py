@@ -1,0 +1,194 @@
+"""Spawning conmon: its pipes, its command line, its environment, and nothing that it should not have."""
+
+import contextlib
+import fcntl
+import math
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from execgate.model.container import Container
+from execgate.model.ids import SessionId
+from execgate.runtime.fdstore import FdStore, Role, stream_name
+from execgate.runtime.monitor import Monitor, SyncPipe
+from execgate.runtime.readiness import Descriptor
+from execgate.runtime.streams import ExecStreams, Input, Output, PipeInput, PipeOutput
+from execgate.wire import stdcopy
+
+_CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_ALL_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
+"""What is ignored is inherited, by way of conmon and the runtime. Python ignores SIGPIPE, and a process that did so
+would outlive `yes | head`; a service that was started in the background of a shell ignores SIGINT."""
+
+_TIMEOUT_MARGIN = 2
+"""Seconds that conmon's own timeout comes later than ours, which is gentler and knows more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecRequest:
+    """One process to run: where, what (the runtime's process.json), and which streams somebody will hold.
+
+    `timeout` is the seconds after which conmon ends it, whoever else is there. `preserved` are descriptors of ours
+    that the process gets as 3, 4, ….
+    """
+
+    session_id: SessionId
+    container: Container
+    process: Mapping[str, Any]
+    stdin: bool = False
+    stdout: bool = False
+    stderr: bool = False
+    timeout: float | None = None
+    preserved: tuple[int, ...] = ()
+
+    @property
+    def tty(self) -> bool:
+        """Whether the process gets a terminal."""
+        return bool(self.process.get("terminal"))
+
+    @property
+    def attached(self) -> bool:
+        """Whether anything is attached at all."""
+        return self.stdin or self.stdout or self.stderr
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawned:
+    """A conmon that waits for the end of its start pipe, and our ends of its pipes.
+
+    `held`: which of its descriptors are the read ends of the output pipes, by stream.
+    """
+
+    monitor: Monitor
+    sync: SyncPipe
+    start_pipe: Descriptor
+    attach_pipe: Descriptor
+    streams: ExecStreams
+    held: Mapping[int, int]
+
+
+class Spawner:
+    """Spawns the program `conmon`. What it starts inherits `nofile`, soft and hard, as its RLIMIT_NOFILE."""
+
+    def __init__(self, conmon: Path, *, nofile: tuple[int, int], store: FdStore) -> None:
+        self._conmon = conmon
+        self._nofile = nofile
+        self._store = store
+
+    def spawn(self, request: ExecRequest, directory: Path) -> Spawned:
+        """Make the pipes and spawn conmon; OSError, and then nothing is left of either."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            sync_read, sync_write = _pipe(ours, theirs)
+            start_write, start_read = _pipe(ours, theirs, ours_writes=True)
+            attach_read, attach_write = _pipe(ours, theirs)
+            streams, stdio = _standard_streams(request, ours, theirs, self._store)
+            outputs = [output for output in streams.outputs if isinstance(output, PipeOutput)]
+            theirs_by_name = {
+                "_OCI_SYNCPIPE": sync_write,
+                "_OCI_STARTPIPE": start_read,
+                "_OCI_ATTACHPIPE": attach_write,
+            }
+            # What conmon gets, in the order of the numbers that it gets there.
+            given = [*stdio, *request.preserved, *(pipe.fileno() for pipe in theirs_by_name.values())]
+            held = {output.stream: len(given) + index for index, output in enumerate(outputs)}
+            given += [output.fileno() for output in outputs]
+            first = len(stdio) + len(request.preserved)
+            environment = {name: str(first + index) for index, name in enumerate(theirs_by_name)}
+            environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
+            if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
+                environment["XDG_RUNTIME_DIR"] = runtime_dir
+            # Copies above all the numbers that are given, so that none overwrites another. Everything else this
+            # process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
+            copies = [_copy_above(fd, len(given), theirs) for fd in given]
+            pid = os.posix_spawn(
+                self._conmon,
+                _arguments(self._conmon, request, directory),
+                environment,
+                file_actions=[(os.POSIX_SPAWN_DUP2, copy, number) for number, copy in enumerate(copies)],
+                setsigmask=(),
+                setsigdef=_ALL_SIGNALS,
+            )
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
+            spawned = Spawned(
+                monitor=Monitor(pid),
+                sync=SyncPipe(sync_read),
+                start_pipe=start_write,
+                attach_pipe=attach_read,
+                streams=streams,
+                held=held,
+            )
+            ours.pop_all()
+        return spawned
+
+
+def stdin_input(pipe: Descriptor, session_id: SessionId, store: FdStore) -> PipeInput:
+    """Return the process's stdin, whose end is the end of the duplicate that is kept, too."""
+    return PipeInput(pipe, ended=lambda: store.drop([stream_name(session_id, Role.STDIN)]))
+
+
+def _arguments(conmon: Path, request: ExecRequest, directory: Path) -> list[str]:
+    runtime = request.container.runtime
+    arguments = [str(conmon), "--api-version", "1", "--sync"]
+    arguments += ["-c", request.container.id, "-u", request.session_id, "-n", request.container.name]
+    arguments += ["-r", str(runtime.path), "-b", str(directory), "-p", f"{directory}/pid"]
+    arguments += ["--exit-dir", f"{directory}/exit", "--full-attach", "--log-level", "error"]
+    for argument in (f"--root={runtime.root}", f"--log={directory}/oci-log", "--log-format=json"):
+        arguments += ["--runtime-arg", argument]
+    if runtime.systemd_cgroup:
+        arguments += ["--runtime-arg", "--systemd-cgroup"]
+    if request.tty:
+        arguments += ["-l", "none", "-t", "-i", "--leave-stdin-open"]
+        arguments += ["--exec-attach"] if request.attached else []
+    else:
+        arguments += ["-l", "passthrough"]
+    if request.timeout is not None:
+        arguments += ["--timeout", str(math.ceil(request.timeout) + _TIMEOUT_MARGIN)]
+    if request.preserved:
+        arguments += ["--runtime-opt", f"--preserve-fds={len(request.preserved)}"]
+    return [*arguments, "-e", "--exec-process-spec", f"{directory}/process.json"]
+
+
+def _pipe(
+    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, *, ours_writes: bool = False
+) -> tuple[Descriptor, Descriptor]:
+    """Make a pipe; return (our end, conmon's end), each to be closed by the stack it belongs to."""
+    read, write = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC))
+    mine, other = (write, read) if ours_writes else (read, write)
+    ours.callback(mine.close)
+    theirs.callback(other.close)
+    return mine, other
+
+
+def _standard_streams(
+    request: ExecRequest, ours: contextlib.ExitStack, theirs: contextlib.ExitStack, store: FdStore
+) -> tuple[ExecStreams, list[int]]:
+    """Return the streams that we hold, and what conmon gets as its descriptors 0, 1 and 2."""
+    null = Descriptor(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+    theirs.callback(null.close)
+    stdio = [null.fileno()] * 3
+    if request.tty:
+        return ExecStreams(), stdio
+    stdin: Input | None = None
+    outputs: list[Output] = []
+    if request.stdin:
+        mine, other = _pipe(ours, theirs, ours_writes=True)
+        stdin, stdio[0] = stdin_input(mine, request.session_id, store), other.fileno()
+    for wanted, number in ((request.stdout, stdcopy.STDOUT), (request.stderr, stdcopy.STDERR)):
+        if wanted:
+            mine, other = _pipe(ours, theirs)
+            outputs.append(PipeOutput(mine, number))
+            stdio[number] = other.fileno()
+    return ExecStreams(outputs=outputs, input=stdin), stdio
+
+
+def _copy_above(fd: int, least: int, theirs: contextlib.ExitStack) -> int:
+    """Duplicate a descriptor to a number of at least `least`, to be closed by `theirs`."""
+    copy = Descriptor(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))
+    theirs.callback(copy.close)
+    return copy.fileno()
