@@ -213,8 +213,10 @@ class ConmonExec:
 
     async def connect(self) -> None:
         """Step 2: let conmon open its attach socket and take the one connection to it."""
+        assert self._attach_pipe is not None
         os.write(self._start_pipe.fileno(), b"\n")
         ready = await SyncPipe(self._attach_pipe).next()
+        self._attach_pipe.close()
         if ready is None or ready.data != 0:
             raise ConnectionError(f"conmon has no attach socket: {ready}")
         connection = connect_attach(self._directory)
@@ -229,9 +231,9 @@ class ConmonExec:
     async def start(self) -> ProcessIdentity:
         """Step 4: run it. StartFailed when the runtime refuses or takes too long; nothing is left then."""
         self._start_pipe.close()  # conmon takes the end of the pipe as its byte
-        self._attach_pipe.close()
         try:
-            message = await asyncio.wait_for(self._sync.next(), self._start_timeout)
+            async with asyncio.timeout(self._start_timeout):
+                message = await self._sync.next()
         except TimeoutError:
             await self.abort()
             raise StartFailed(
@@ -268,16 +270,17 @@ class ConmonExec:
         A conmon that writes input which the terminal will never take is stuck in that write, its process dead or
         not (seen with 2.1.6: raw mode, 20 KB of input that nobody reads). It is killed, and the kernel asked.
         """
+        if not self._request.tty or self._pidfd is None:
+            return await self._sync.next()
         message = asyncio.ensure_future(self._sync.next())
         try:
-            if self._request.tty and self._pidfd is not None:
-                ended = asyncio.ensure_future(pidfd.ended(self._pidfd))
-                await asyncio.wait([message, ended], return_when=asyncio.FIRST_COMPLETED)
-                ended.cancel()
-                while not (await asyncio.wait([message], timeout=_STUCK_AFTER))[0]:
-                    if self._input_stuck():
-                        log.warning("conmon of exec %s is stuck and is killed", self._request.session_id[:12])
-                        self._monitor.kill_group()
+            ended = asyncio.ensure_future(pidfd.ended(self._pidfd))
+            await asyncio.wait([message, ended], return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+            while not (await asyncio.wait([message], timeout=_STUCK_AFTER))[0]:
+                if self._input_stuck():
+                    log.warning("conmon of exec %s is stuck and is killed", self._request.session_id[:12])
+                    self._monitor.kill_group()
             return await message
         finally:
             message.cancel()
@@ -315,7 +318,8 @@ class ConmonExec:
             self._resizing.cancel()
         self.streams.close()
         self._start_pipe.close()
-        self._attach_pipe.close()
+        if self._attach_pipe is not None:
+            self._attach_pipe.close()
         self._sync.close()
         if self._pidfd is not None:
             self._pidfd.close()

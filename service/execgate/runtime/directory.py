@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 NO_CODE = -1
 """What conmon writes as the exit code when it has none: after its timeout, or when it cannot tell."""
 
-_FILES = ("process.json", "pid", "held", "oci-log", "ctl", "winsz", "attach")
-"""What is in it, beside the directory of the exit file."""
-
 _HELD = "held"
 """The file with what the next service needs to know: see `Held`."""
+
+_LEFT = ("pid", _HELD, "oci-log")
+"""What a process without a terminal leaves behind that was started, beside the directory of the exit file."""
 
 _CONSOLE_SOCKET_NAME = "/conmon-term.XXXXXX"
 """conmon makes a socket of this name in it; with that the path must fit sun_path."""
@@ -82,10 +82,13 @@ def forget_process(directory: Path) -> None:
 
 def _write_new(path: str, data: bytes) -> None:
     """Write a private file that is not there yet. OSError."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:  # noqa: PTH123
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
         view = memoryview(data)
         while view:
-            view = view[file.write(view) :]
+            view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
 
 
 def read_held(directory: Path) -> Held | None:
@@ -158,12 +161,11 @@ def runtime_log(directory: Path) -> bytes:
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a session's directory: what we know to be in it, and if that was not all, whatever it holds."""
+    """Remove it: what is in most of them, and if that was not all, whatever it holds."""
     text = str(directory)
-    for name in _FILES:
-        with contextlib.suppress(OSError):
-            os.unlink(f"{text}/{name}")  # noqa: PTH108  (Path costs more than the system call)
     try:
+        for name in _LEFT:
+            os.unlink(f"{text}/{name}")  # noqa: PTH108  (Path costs more than the system call)
         for name in os.listdir(f"{text}/exit"):  # noqa: PTH208
             os.unlink(f"{text}/exit/{name}")  # noqa: PTH108
         os.rmdir(f"{text}/exit")  # noqa: PTH106

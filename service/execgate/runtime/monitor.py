@@ -54,7 +54,8 @@ class Monitor:
         """Reap conmon, at the latest after `grace` seconds with SIGKILL."""
         if not self._try_reap():
             try:
-                await asyncio.wait_for(pidfd.ended(self._pidfd), grace)
+                async with asyncio.timeout(grace):
+                    await pidfd.ended(self._pidfd)
             except TimeoutError:
                 log.warning("conmon %d did not end by itself and is killed", self._pid)
                 self.kill_group()

@@ -6,7 +6,7 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Spawned:
     monitor: Monitor
     sync: SyncPipe
     start_pipe: Descriptor
-    attach_pipe: Descriptor
+    attach_pipe: Descriptor | None
     streams: ExecStreams
     held: Mapping[int, int]
 
@@ -82,49 +82,52 @@ class Spawner:
 
     def spawn(self, request: ExecRequest, directory: Path) -> Spawned:
         """Make the pipes and spawn conmon; OSError, and then nothing is left of either."""
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            sync_read, sync_write = _pipe(ours, theirs)
-            start_write, start_read = _pipe(ours, theirs, ours_writes=True)
-            attach_read, attach_write = _pipe(ours, theirs)
-            streams, stdio = _standard_streams(request, ours, theirs, self._store)
-            outputs = [output for output in streams.outputs if isinstance(output, PipeOutput)]
-            theirs_by_name = {
-                "_OCI_SYNCPIPE": sync_write,
-                "_OCI_STARTPIPE": start_read,
-                "_OCI_ATTACHPIPE": attach_write,
-            }
-            # What conmon gets, in the order of the numbers that it gets there.
-            given = [*stdio, *request.preserved, *(pipe.fileno() for pipe in theirs_by_name.values())]
-            held = {output.stream: len(given) + index for index, output in enumerate(outputs)}
-            given += [output.fileno() for output in outputs]
-            first = len(stdio) + len(request.preserved)
-            environment = {name: str(first + index) for index, name in enumerate(theirs_by_name)}
-            environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
-            if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
-                environment["XDG_RUNTIME_DIR"] = runtime_dir
-            # Copies above all the numbers that are given, so that none overwrites another. Everything else this
-            # process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
-            copies = [_copy_above(fd, len(given), theirs) for fd in given]
-            pid = os.posix_spawn(
-                self._conmon,
-                _arguments(self._conmon, request, directory),
-                environment,
-                file_actions=[(os.POSIX_SPAWN_DUP2, copy, number) for number, copy in enumerate(copies)],
-                setsigmask=(),
-                setsigdef=_ALL_SIGNALS,
-            )
-            with contextlib.suppress(OSError):
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
-            spawned = Spawned(
-                monitor=Monitor(pid),
-                sync=SyncPipe(sync_read),
-                start_pipe=start_write,
-                attach_pipe=attach_read,
-                streams=streams,
-                held=held,
-            )
-            ours.pop_all()
+        ends = _Ends()
+        try:
+            spawned = self._spawn(request, directory, ends)
+        except BaseException:
+            ends.close_ours()
+            raise
+        finally:
+            ends.close_theirs()
         return spawned
+
+    def _spawn(self, request: ExecRequest, directory: Path, ends: "_Ends") -> Spawned:
+        sync, sync_write = ends.pipe()
+        start_write, start_read = ends.pipe(ours_writes=True)
+        theirs_by_name = {"_OCI_SYNCPIPE": sync_write, "_OCI_STARTPIPE": start_read}
+        attach: Descriptor | None = None
+        if request.tty and request.attached:
+            attach, theirs_by_name["_OCI_ATTACHPIPE"] = ends.pipe()
+        streams, stdio = _standard_streams(request, ends, self._store)
+        outputs = [output for output in streams.outputs if isinstance(output, PipeOutput)]
+        # What conmon gets, in the order of the numbers that it gets there; None is /dev/null.
+        given = [*stdio, *request.preserved, *theirs_by_name.values()]
+        held = {output.stream: len(given) + index for index, output in enumerate(outputs)}
+        given += [output.fileno() for output in outputs]
+        first = len(stdio) + len(request.preserved)
+        environment = {name: str(first + index) for index, name in enumerate(theirs_by_name)}
+        environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
+        if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
+            environment["XDG_RUNTIME_DIR"] = runtime_dir
+        pid = os.posix_spawn(
+            self._conmon,
+            _arguments(self._conmon, request, directory),
+            environment,
+            file_actions=_file_actions(given, ends),
+            setsigmask=(),
+            setsigdef=_ALL_SIGNALS,
+        )
+        with contextlib.suppress(OSError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
+        return Spawned(
+            monitor=Monitor(pid),
+            sync=SyncPipe(sync),
+            start_pipe=start_write,
+            attach_pipe=attach,
+            streams=streams,
+            held=held,
+        )
 
 
 def stdin_input(pipe: Descriptor, session_id: SessionId, store: FdStore) -> PipeInput:
@@ -154,41 +157,65 @@ def _arguments(conmon: Path, request: ExecRequest, directory: Path) -> list[str]
     return [*arguments, "-e", "--exec-process-spec", f"{directory}/process.json"]
 
 
-def _pipe(
-    ours: contextlib.ExitStack, theirs: contextlib.ExitStack, *, ours_writes: bool = False
-) -> tuple[Descriptor, Descriptor]:
-    """Make a pipe; return (our end, conmon's end), each to be closed by the stack it belongs to."""
-    read, write = (Descriptor(fd) for fd in os.pipe2(os.O_CLOEXEC))
-    mine, other = (write, read) if ours_writes else (read, write)
-    ours.callback(mine.close)
-    theirs.callback(other.close)
-    return mine, other
+class _Ends:
+    """The ends of pipes: ours are closed when the spawn fails, conmon's in any case."""
+
+    __slots__ = ("_ours", "_theirs")
+
+    def __init__(self) -> None:
+        self._ours: list[Descriptor] = []
+        self._theirs: list[int] = []
+
+    def pipe(self, *, ours_writes: bool = False) -> tuple[Descriptor, int]:
+        """Make a pipe; return (our end, conmon's end)."""
+        read, write = os.pipe2(os.O_CLOEXEC)
+        mine, other = Descriptor(write if ours_writes else read), read if ours_writes else write
+        self._ours.append(mine)
+        self._theirs.append(other)
+        return mine, other
+
+    def above(self, fd: int, least: int) -> int:
+        """Return `fd`, or a duplicate of it that has a number of at least `least`."""
+        if fd < least:
+            fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+            self._theirs.append(fd)
+        return fd
+
+    def close_ours(self) -> None:
+        for end in self._ours:
+            end.close()
+
+    def close_theirs(self) -> None:
+        for fd in self._theirs:
+            os.close(fd)
 
 
-def _standard_streams(
-    request: ExecRequest, ours: contextlib.ExitStack, theirs: contextlib.ExitStack, store: FdStore
-) -> tuple[ExecStreams, list[int]]:
+def _standard_streams(request: ExecRequest, ends: _Ends, store: FdStore) -> tuple[ExecStreams, list[int | None]]:
     """Return the streams that we hold, and what conmon gets as its descriptors 0, 1 and 2."""
-    null = Descriptor(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-    theirs.callback(null.close)
-    stdio = [null.fileno()] * 3
+    stdio: list[int | None] = [None] * 3
     if request.tty:
         return ExecStreams(), stdio
     stdin: Input | None = None
     outputs: list[Output] = []
     if request.stdin:
-        mine, other = _pipe(ours, theirs, ours_writes=True)
-        stdin, stdio[0] = stdin_input(mine, request.session_id, store), other.fileno()
+        mine, stdio[0] = ends.pipe(ours_writes=True)
+        stdin = stdin_input(mine, request.session_id, store)
     for wanted, number in ((request.stdout, stdcopy.STDOUT), (request.stderr, stdcopy.STDERR)):
         if wanted:
-            mine, other = _pipe(ours, theirs)
+            mine, stdio[number] = ends.pipe()
             outputs.append(PipeOutput(mine, number))
-            stdio[number] = other.fileno()
     return ExecStreams(outputs=outputs, input=stdin), stdio
 
 
-def _copy_above(fd: int, least: int, theirs: contextlib.ExitStack) -> int:
-    """Duplicate a descriptor to a number of at least `least`, to be closed by `theirs`."""
-    copy = Descriptor(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least))
-    theirs.callback(copy.close)
-    return copy.fileno()
+def _file_actions(given: Sequence[int | None], ends: _Ends) -> list[tuple[Any, ...]]:
+    """Return what gives the child each of `given` as the number of its place.
+
+    What has one of these numbers here is duplicated first, so that none overwrites another. Everything else that this
+    process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
+    """
+    return [
+        (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
+        if fd is None
+        else (os.POSIX_SPAWN_DUP2, ends.above(fd, len(given)), number)
+        for number, fd in enumerate(given)
+    ]
