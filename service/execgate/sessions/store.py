@@ -291,7 +291,7 @@ def _load_as(path: Path, session_id: str, record: str) -> ExecSession:
 
 
 def _dump(session: ExecSession) -> str:
-    return _RECORD.dump_json(session).decode()
+    return _RECORD.dump_json(session, exclude_defaults=True).decode()  # what a record lacks has its default
 
 
 @contextmanager
