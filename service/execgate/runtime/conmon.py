@@ -112,7 +112,7 @@ class ConmonRuntime:
             directory.mkdir(mode=0o700)
             with contextlib.ExitStack() as ours:
                 ours.callback(shutil.rmtree, directory, ignore_errors=True)
-                spawned = self._spawner.spawn(request, directory)
+                spawned = await self._spawner.spawn(request, directory)
                 ours.pop_all()
         except OSError as error:
             raise _out_of_resources(directory, error) from error

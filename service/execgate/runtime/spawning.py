@@ -1,5 +1,6 @@
 """Spawning conmon: its pipes, its command line, its environment, and nothing that it should not have."""
 
+import asyncio
 import contextlib
 import fcntl
 import math
@@ -7,6 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,15 @@ from execgate.model.container import Container
 from execgate.model.ids import SessionId
 from execgate.runtime.fdstore import FdStore, Role, stream_name
 from execgate.runtime.monitor import Monitor, SyncPipe
+from execgate.runtime.posix_spawn import PosixSpawn
 from execgate.runtime.readiness import Descriptor
 from execgate.runtime.streams import ExecStreams, Input, Output, PipeInput, PipeOutput
 from execgate.wire import stdcopy
 
 _CHILD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-_ALL_SIGNALS = tuple(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
-"""What is ignored is inherited, by way of conmon and the runtime. Python ignores SIGPIPE, and a process that did so
-would outlive `yes | head`; a service that was started in the background of a shell ignores SIGINT."""
+_PARALLEL = 4
+"""Spawns at once."""
 
 _TIMEOUT_MARGIN = 2
 """Seconds that conmon's own timeout comes later than ours, which is gentler and knows more."""
@@ -73,18 +75,24 @@ class Spawned:
 
 
 class Spawner:
-    """Spawns the program `conmon`. What it starts inherits `nofile`, soft and hard, as its RLIMIT_NOFILE."""
+    """Spawns the program `conmon`. What it starts inherits `nofile`, soft and hard, as its RLIMIT_NOFILE.
+
+    Each spawn waits in a thread for the child's execve, which on a busy machine takes milliseconds: meanwhile the event
+    loop serves the other sessions.
+    """
 
     def __init__(self, conmon: Path, *, nofile: tuple[int, int], store: FdStore) -> None:
         self._conmon = conmon
         self._nofile = nofile
         self._store = store
+        # Its own: one that reads a container's files can be kept waiting by the container.
+        self._threads = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="spawn")
 
-    def spawn(self, request: ExecRequest, directory: Path) -> Spawned:
+    async def spawn(self, request: ExecRequest, directory: Path) -> Spawned:
         """Make the pipes and spawn conmon; OSError, and then nothing is left of either."""
         ends = _Ends()
         try:
-            spawned = self._spawn(request, directory, ends)
+            spawned = await self._spawn(request, directory, ends)
         except BaseException:
             ends.close_ours()
             raise
@@ -92,7 +100,7 @@ class Spawner:
             ends.close_theirs()
         return spawned
 
-    def _spawn(self, request: ExecRequest, directory: Path, ends: "_Ends") -> Spawned:
+    async def _spawn(self, request: ExecRequest, directory: Path, ends: "_Ends") -> Spawned:
         sync, sync_write = ends.pipe()
         start_write, start_read = ends.pipe(ours_writes=True)
         theirs_by_name = {"_OCI_SYNCPIPE": sync_write, "_OCI_STARTPIPE": start_read}
@@ -110,14 +118,7 @@ class Spawner:
         environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
         if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
             environment["XDG_RUNTIME_DIR"] = runtime_dir
-        pid = os.posix_spawn(
-            self._conmon,
-            _arguments(self._conmon, request, directory),
-            environment,
-            file_actions=_file_actions(given, ends),
-            setsigmask=(),
-            setsigdef=_ALL_SIGNALS,
-        )
+        pid = await self._run(PosixSpawn(_arguments(self._conmon, request, directory), environment, ends.above(given)))
         with contextlib.suppress(OSError):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
         return Spawned(
@@ -128,6 +129,27 @@ class Spawner:
             streams=streams,
             held=held,
         )
+
+    async def _run(self, spawn: PosixSpawn) -> int:
+        """Return the pid of what was spawned. Before that nothing that it gets may be closed, so a cancel waits."""
+        running = asyncio.get_running_loop().run_in_executor(self._threads, spawn.run)
+        cancelled: asyncio.CancelledError | None = None
+        while not running.done():
+            try:
+                await asyncio.wait([running])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        pid = running.result()
+        if cancelled is not None:
+            _end(pid)
+            raise cancelled
+        return pid
+
+
+def _end(pid: int) -> None:
+    """Kill a child that nobody wants any more, and reap it."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def stdin_input(pipe: Descriptor, session_id: SessionId, store: FdStore) -> PipeInput:
@@ -174,12 +196,16 @@ class _Ends:
         self._theirs.append(other)
         return mine, other
 
-    def above(self, fd: int, least: int) -> int:
-        """Return `fd`, or a duplicate of it that has a number of at least `least`."""
-        if fd < least:
-            fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
-            self._theirs.append(fd)
-        return fd
+    def above(self, given: Sequence[int | None]) -> list[int | None]:
+        """Return `given` with a duplicate for each descriptor whose number is that of a place in it.
+
+        So none overwrites another in the child. Everything else that this process has open is close-on-exec (PEP 446)
+        and does not reach it (CVE-2024-21626).
+        """
+        least = len(given)
+        moved = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least) for fd in given if fd is not None and fd < least}
+        self._theirs += moved.values()
+        return [fd if fd is None else moved.get(fd, fd) for fd in given]
 
     def close_ours(self) -> None:
         for end in self._ours:
@@ -205,17 +231,3 @@ def _standard_streams(request: ExecRequest, ends: _Ends, store: FdStore) -> tupl
             mine, stdio[number] = ends.pipe()
             outputs.append(PipeOutput(mine, number))
     return ExecStreams(outputs=outputs, input=stdin), stdio
-
-
-def _file_actions(given: Sequence[int | None], ends: _Ends) -> list[tuple[Any, ...]]:
-    """Return what gives the child each of `given` as the number of its place.
-
-    What has one of these numbers here is duplicated first, so that none overwrites another. Everything else that this
-    process has open is close-on-exec (PEP 446) and does not reach conmon (CVE-2024-21626).
-    """
-    return [
-        (os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0)
-        if fd is None
-        else (os.POSIX_SPAWN_DUP2, ends.above(fd, len(given)), number)
-        for number, fd in enumerate(given)
-    ]

@@ -19,7 +19,7 @@ import logging
 import shutil
 import signal as signals
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,6 +150,7 @@ class SessionManager:
         self._ending: set[LiveSession] = set()  # over, and on record as such, but not cleared up yet
         self._backlogs: dict[SessionId, CaptureBacklog] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
+        self._preparing: dict[SessionId, asyncio.Future[None]] = {}  # whose start is not on record yet
 
     # -- create and look ---------------------------------------------------------------------------------------------
 
@@ -504,7 +505,7 @@ class SessionManager:
     async def _prepare(
         self, session_id: str, size: ConsoleSize | None, *, attach: bool, preserved: Sequence[int]
     ) -> LiveSession:
-        async with self._gate.turn() as turn:
+        async with self._gate.turn() as turn, self._preparation(session_id) as settled:
             session = self.inspect(session_id)
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
@@ -516,6 +517,7 @@ class SessionManager:
                 nonlocal begun
                 begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
                 self._early_sizes.pop(session.id, None)
+                settled()
                 return self._store.text_of(session.id)
 
             try:
@@ -530,6 +532,24 @@ class SessionManager:
             begun.execution = execution
             turn.until = begun.settled
             return begun
+
+    @contextlib.asynccontextmanager
+    async def _preparation(self, session_id: str) -> AsyncIterator[Callable[[], None]]:
+        """Let one start of a session be prepared at a time; what it yields says that its intent is on record."""
+        known = SessionId(session_id)
+        while (other := self._preparing.get(known)) is not None:
+            await asyncio.wait([other])
+        prepared = self._preparing[known] = asyncio.get_running_loop().create_future()
+
+        def settle() -> None:
+            if not prepared.done():
+                del self._preparing[known]
+                prepared.set_result(None)
+
+        try:
+            yield settle
+        finally:
+            settle()
 
     def _request(
         self,

@@ -113,9 +113,12 @@ class FakeRuntime:
         self.before: Callable[[ExecRequest], None] = lambda _: None
         self.gate = asyncio.Event()
         self.gate.set()
+        self.spawned = asyncio.Event()
+        self.spawned.set()
         self.kept: set[SessionId] = set()
 
     async def prepare(self, request: ExecRequest, intend: Callable[[], str]) -> FakeExecution:
+        await self.spawned.wait()
         self.records.append(intend())
         self.said.append("prepare")  # from here on there is something to run
         self.requests.append(request)
@@ -329,6 +332,27 @@ async def test_started_twice(world: World) -> None:
     with pytest.raises(AlreadyStarted, match="has already run"):
         await world.manager.start_attached(session.id, None, world.take_over)
     assert "head" not in world.said
+
+
+async def test_a_start_that_comes_while_another_is_prepared(world: World) -> None:
+    """Its intent is not on record yet, and there can be but one directory: the later one waits for what comes of it."""
+    session = await world.create()
+    world.runtime.spawned.clear()
+    first, second = (asyncio.create_task(world.manager.start_detached(session.id)) for _ in range(2))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()  # it never came to be, so the other may
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    third = asyncio.create_task(world.manager.start_detached(session.id))
+    world.runtime.spawned.set()
+    with pytest.raises(AlreadyStarted):
+        await asyncio.wait_for(third, SOON)
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    world.runtime.executions[0].end()
+    assert (await asyncio.wait_for(second, SOON)).process == PROCESS
+    assert world.said.count("prepare") == 1
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), asyncio.CancelledError()], ids=["gone", "cancelled"])
@@ -578,7 +602,7 @@ async def test_a_start_is_kept_beside_its_process(world: World) -> None:
     await world.wait_for("start")
     (record,) = world.runtime.records
     fields = json.loads(record)
-    assert (fields["id"], fields["state"], fields["config"]["env"]) == (session.id, "starting", [])
+    assert (fields["id"], fields["state"], fields["config"].get("env")) == (session.id, "starting", None)
     world.runtime.executions[0].started.set_result(PROCESS)
     await task
 
