@@ -9,6 +9,7 @@ import signal
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExitSource, ExitStatus
 from execgate.runtime import pidfd
+from execgate.runtime.posix_spawn import Child
 from execgate.runtime.readiness import Descriptor, readable
 from execgate.wire.sync_pipe import SyncLines, SyncMessage
 
@@ -26,10 +27,10 @@ KILLED_BY_MONITOR = ExitStatus(128 + signal.SIGKILL, ExitSource.TIMEOUT)
 class Monitor:
     """conmon, our child: reaped when it ends, killed with all its group when a start must be undone."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = self._pid = pid
+    def __init__(self, child: Child) -> None:
+        self.pid = self._pid = pid = child.pid
         self._reaped = False
-        self._identity: ProcessIdentity | None = None
+        self._identity = None if child.start_time is None else ProcessIdentity(pid, child.start_time)
         try:
             # Now, and not at the end: with no descriptor left a start can still be refused, an end cannot.
             self._pidfd = Descriptor(os.pidfd_open(pid))
@@ -40,7 +41,7 @@ class Monitor:
 
     @property
     def identity(self) -> ProcessIdentity | None:
-        """conmon's name. Read late: while a process is in execve, reading its /proc waits for it."""
+        """conmon's name. Read late, if it has to be: while a process is in execve, reading its /proc waits for it."""
         if self._identity is None and not self._reaped:
             self._identity = pidfd.identify(self._pid)
         return self._identity

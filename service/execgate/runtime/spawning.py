@@ -17,7 +17,7 @@ from execgate.model.container import Container
 from execgate.model.ids import SessionId
 from execgate.runtime.fdstore import FdStore, Role, stream_name
 from execgate.runtime.monitor import Monitor, SyncPipe
-from execgate.runtime.posix_spawn import PosixSpawn
+from execgate.runtime.posix_spawn import Child, PosixSpawn
 from execgate.runtime.readiness import Descriptor
 from execgate.runtime.streams import ExecStreams, Input, Output, PipeInput, PipeOutput
 from execgate.wire import stdcopy
@@ -118,11 +118,13 @@ class Spawner:
         environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
         if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
             environment["XDG_RUNTIME_DIR"] = runtime_dir
-        pid = await self._run(PosixSpawn(_arguments(self._conmon, request, directory), environment, ends.above(given)))
+        child = await self._run(
+            PosixSpawn(_arguments(self._conmon, request, directory), environment, ends.above(given))
+        )
         with contextlib.suppress(OSError):
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
+            resource.prlimit(child.pid, resource.RLIMIT_NOFILE, self._nofile)
         return Spawned(
-            monitor=Monitor(pid),
+            monitor=Monitor(child),
             sync=SyncPipe(sync),
             start_pipe=start_write,
             attach_pipe=attach,
@@ -130,8 +132,8 @@ class Spawner:
             held=held,
         )
 
-    async def _run(self, spawn: PosixSpawn) -> int:
-        """Return the pid of what was spawned. Before that nothing that it gets may be closed, so a cancel waits."""
+    async def _run(self, spawn: PosixSpawn) -> Child:
+        """Return what was spawned. Before that nothing that it gets may be closed, so a cancel waits."""
         running = asyncio.get_running_loop().run_in_executor(self._threads, spawn.run)
         cancelled: asyncio.CancelledError | None = None
         while not running.done():
@@ -139,11 +141,11 @@ class Spawner:
                 await asyncio.wait([running])
             except asyncio.CancelledError as error:
                 cancelled = error
-        pid = running.result()
+        child = running.result()
         if cancelled is not None:
-            _end(pid)
+            _end(child.pid)
             raise cancelled
-        return pid
+        return child
 
 
 def _end(pid: int) -> None:

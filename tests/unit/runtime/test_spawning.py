@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from execgate.containers import proc
 from execgate.runtime.fdstore import NoFdStore
-from execgate.runtime.posix_spawn import PosixSpawn
+from execgate.runtime.posix_spawn import Child, PosixSpawn
 from execgate.runtime.spawning import Spawner, _Ends
 
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "WITH": "ä = ö"}
@@ -21,7 +22,7 @@ def output_of(script: str, *given: int | None) -> str:
     read, write = os.pipe()
     ends = _Ends()
     places = ends.above([given[0], write, *given[1:]])
-    pid = PosixSpawn(["/bin/sh", "-c", script], ENVIRONMENT, places).run()
+    pid = PosixSpawn(["/bin/sh", "-c", script], ENVIRONMENT, places).run().pid
     ends.close_theirs()
     os.close(write)
     with open(read, "rb") as file:
@@ -76,6 +77,18 @@ def test_no_such_program() -> None:
         PosixSpawn(["/nowhere"], {}, []).run()
 
 
+def test_a_start_time_that_is_told_is_the_kernels() -> None:
+    told = 0
+    for _ in range(50):
+        child = PosixSpawn(["/bin/sleep", "1000"], ENVIRONMENT, [None, None, None]).run()
+        read = proc.start_time(child.pid)
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+        assert child.start_time in (read, None)
+        told += child.start_time is not None
+    assert told
+
+
 class SlowSpawn(PosixSpawn):
     """One that waits until it may go on."""
 
@@ -84,10 +97,11 @@ class SlowSpawn(PosixSpawn):
         self.go = threading.Event()
         self.pid = 0
 
-    def run(self) -> int:
+    def run(self) -> Child:
         self.go.wait()
-        self.pid = super().run()
-        return self.pid
+        child = super().run()
+        self.pid = child.pid
+        return child
 
 
 async def test_a_cancel_leaves_no_child() -> None:
