@@ -32,9 +32,9 @@ import contextlib
 import logging
 import os
 import resource
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Internal, StartFailed, Unavailable
@@ -43,6 +43,7 @@ from execgate.model.process import ProcessIdentity
 from execgate.model.session import UNKNOWN_EXIT, ExecSession, ExitSource, ExitStatus
 from execgate.runtime import failures, pidfd
 from execgate.runtime.adopted import AdoptedExec
+from execgate.runtime.ahead import Ahead
 from execgate.runtime.directory import (
     Held,
     connect_attach,
@@ -97,6 +98,8 @@ class ConmonRuntime:
         self._store = store
         self._directory = directory
         self._start_timeout = start_timeout
+        self._ahead = Ahead(self._spawn, self._undo)
+        self._begun: set[Path] = set()  # directories of starts that are not on record yet
         # As it is now: the service may raise its own later, and a container without one must not inherit that.
         self._spawner = Spawner(conmon, nofile=resource.getrlimit(resource.RLIMIT_NOFILE), store=store)
 
@@ -107,34 +110,57 @@ class ConmonRuntime:
         is written after it. A service that dies in between leaves a conmon whose runtime finds no process. It returns
         the session's record, which is kept beside the process: see `records`.
         """
+        execution = await self._ahead.take(request) or await self._spawn(request)
+        try:
+            # conmon initialises meanwhile, on another processor.
+            execution.keep(request.process, intend())
+            if request.tty and request.attached:
+                await asyncio.wait_for(execution.connect(), self._start_timeout)
+        except BaseException as error:
+            await self._undo(execution)
+            if isinstance(error, TimeoutError | ConnectionError):
+                raise Unavailable("the monitor did not answer", hint=f"{execution!r}: {error!r}") from error
+            if isinstance(error, OSError):
+                raise _out_of_resources(error) from error
+            raise
+        self._begun.discard(execution.directory)  # from here on the session has a record of its start
+        return execution
+
+    def begin(self, request: ExecRequest) -> None:
+        """Spawn a monitor for a start that will probably come soon; its `process` need only say whether it is a TTY."""
+        self._ahead.begin(request)
+
+    async def close(self) -> None:
+        """End the monitors of starts that have not come."""
+        await self._ahead.close()
+
+    async def _spawn(self, request: ExecRequest) -> "ConmonExec":
+        """Spawn a monitor, in a directory and a cgroup of its own. Unavailable, and then nothing is left of it."""
         directory = session_directory(self._directory, request.session_id)
         try:
             directory.mkdir(mode=0o700)
-            with contextlib.ExitStack() as ours:
-                ours.callback(shutil.rmtree, directory, ignore_errors=True)
+            self._begun.add(directory)
+            try:
                 spawned = await self._spawner.spawn(request, directory)
-                ours.pop_all()
+            except BaseException:
+                remove_directory(directory)
+                self._begun.discard(directory)
+                raise
         except OSError as error:
-            raise _out_of_resources(directory, error) from error
+            raise _out_of_resources(error) from error
         execution = ConmonExec(
             request, directory, spawned, cgroups=self._cgroups, store=self._store, start_timeout=self._start_timeout
         )
         try:
-            # conmon initialises meanwhile, on another processor.
             self._cgroups.add(request.session_id, spawned.monitor.pid)
-            record = intend()
-            execution.keep()  # before there is anything to run: what runs is kept
-            write_files(directory, request.process, Held(spawned.held, execution.monitor, record))
-            if request.tty and request.attached:
-                await asyncio.wait_for(execution.connect(), self._start_timeout)
-        except BaseException as error:
-            await execution.abort()
-            if isinstance(error, TimeoutError | ConnectionError):
-                raise Unavailable("the monitor did not answer", hint=f"conmon in {directory}: {error!r}") from error
-            if isinstance(error, OSError):
-                raise _out_of_resources(directory, error) from error
-            raise
+        except OSError as error:
+            await self._undo(execution)
+            raise _out_of_resources(error) from error
         return execution
+
+    async def _undo(self, execution: "ConmonExec") -> None:
+        await execution.abort()
+        self._begun.discard(execution.directory)
 
     def adopt(self, session: ExecSession) -> AdoptedExec:
         """Take back a process that an earlier service started."""
@@ -154,7 +180,7 @@ class ConmonRuntime:
         A service that was killed while it finished a session leaves such a directory behind.
         """
         self._cgroups.sweep()
-        kept = {session_directory(self._directory, one) for one in keep}
+        kept = self._begun | {session_directory(self._directory, one) for one in keep}
         for directory in self._directory.iterdir():
             if directory not in kept and read_pid_file(directory) is None:
                 log.info("a directory that no session has any more is removed: %s", directory.name)
@@ -176,12 +202,14 @@ class ConmonExec:
     ) -> None:
         self.streams = spawned.streams
         self.tree: ProcessTree | None = None
+        self.directory = directory
         self._request = request
-        self._directory = directory
         self._monitor = spawned.monitor
         self._sync = spawned.sync
         self._start_pipe = spawned.start_pipe
         self._attach_pipe = spawned.attach_pipe
+        self._held = spawned.held
+        self._process_file = spawned.process_file
         self._cgroups = cgroups
         self._store = store
         self._start_timeout = start_timeout
@@ -198,8 +226,11 @@ class ConmonExec:
         """conmon itself."""
         return self._monitor.identity
 
-    def keep(self) -> None:
-        """Have what the next service needs kept: the pipes, and the one that tells the end."""
+    def keep(self, process: Mapping[str, Any], record: str) -> None:
+        """Have what the next service needs kept, and then write what is to run: what runs is kept. OSError.
+
+        The pipes, the one that tells the end, and in the session's directory who has what, with the record.
+        """
         descriptors = {Role.SYNC: self._sync.fileno()}
         if isinstance(self.streams.input, PipeInput):
             descriptors[Role.STDIN] = self.streams.input.fileno()
@@ -207,6 +238,7 @@ class ConmonExec:
             if isinstance(output, PipeOutput):
                 descriptors[OUTPUT_ROLES[output.stream]] = output.fileno()
         self._keep(descriptors)
+        write_files(self.directory, Held(self._held, self.monitor, record), self._process_file, process)
 
     def _keep(self, descriptors: Mapping[Role, int]) -> None:
         self._store.keep({stream_name(self._request.session_id, role): fd for role, fd in descriptors.items()})
@@ -219,7 +251,7 @@ class ConmonExec:
         self._attach_pipe.close()
         if ready is None or ready.data != 0:
             raise ConnectionError(f"conmon has no attach socket: {ready}")
-        connection = connect_attach(self._directory)
+        connection = connect_attach(self.directory)
         self._keep({Role.TERMINAL: connection.fileno()})
         wants_input, wants_output = self._request.stdin, self._request.stdout or self._request.stderr
         output = AttachOutput(connection)
@@ -243,7 +275,7 @@ class ConmonExec:
             ) from None
         if message is None or message.data is None or message.data <= 0:
             raise await self._start_failure(message)
-        forget_process(self._directory)
+        forget_process(self.directory, self._process_file)
         self._process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
         self._pidfd = pidfd.open_pidfd(self._process)
         if self._pidfd is not None:
@@ -260,9 +292,7 @@ class ConmonExec:
             return ExitStatus(message.data, ExitSource.SYNC_PIPE)
         if self._pidfd is not None and message is None:
             await pidfd.ended(self._pidfd)  # conmon died, or could not write: the process may live on
-        return (
-            exit_file_status(self._directory) or await pidfd.kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
-        )
+        return exit_file_status(self.directory) or await pidfd.kernel_status(self._process, self._pidfd) or UNKNOWN_EXIT
 
     async def _exit_message(self) -> SyncMessage | None:
         """Return conmon's last message.
@@ -302,7 +332,7 @@ class ConmonExec:
         if self._resizing is not None:
             self._next_size = size
             return
-        resize_terminal(self._directory, size)
+        resize_terminal(self.directory, size)
         self._resizing = asyncio.get_running_loop().call_later(_RESIZE_INTERVAL, self._resize_again)
 
     def _resize_again(self) -> None:
@@ -330,7 +360,7 @@ class ConmonExec:
         drop_all(self._store, self._request.session_id)
         await self._monitor.gone(MONITOR_GRACE)
         self._cgroups.remove(self._request.session_id)
-        remove_directory(self._directory)
+        remove_directory(self.directory)
 
     async def abort(self) -> None:
         """Kill a start that is under way, the runtime included, and dispose of it."""
@@ -338,7 +368,7 @@ class ConmonExec:
         await self.dispose()
 
     async def _start_failure(self, message: SyncMessage | None) -> StartFailed:
-        reason = failures.last_error(runtime_log(self._directory))
+        reason = failures.last_error(runtime_log(self.directory))
         if not reason and message is not None:
             reason = message.message
         if not reason:
@@ -377,5 +407,5 @@ class _Discarded:
         self._output.close()
 
 
-def _out_of_resources(directory: Path, error: OSError) -> Unavailable:
-    return Unavailable("the host cannot start another process now", hint=f"preparing an exec in {directory}: {error}")
+def _out_of_resources(error: OSError) -> Unavailable:
+    return Unavailable("the host cannot start another process now", hint=f"preparing an exec: {error}")

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,21 +64,32 @@ def longest_state_dir() -> int:
     return 107 - len("/sessions/") - 32 - len(_CONSOLE_SOCKET_NAME)
 
 
-def write_files(directory: Path, process: Mapping[str, Any], held: Held) -> None:
-    """Write what conmon and its runtime read once they are let go, and what the next service reads."""
+def write_files(directory: Path, held: Held, process_file: str, process: Mapping[str, Any]) -> None:
+    """Write what the next service reads, then what the runtime reads once conmon is let go. OSError."""
     text = str(directory)
     os.mkdir(f"{text}/exit", 0o700)  # noqa: PTH102  (Path costs more than the system call)
     monitor = [held.monitor.pid, held.monitor.start_time] if held.monitor is not None else None
     fields = {"streams": held.streams, "monitor": monitor, "record": held.record}
     _write_new(f"{text}/{_HELD}", json.dumps(fields).encode())
     # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
-    _write_new(f"{text}/process.json", json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
+    _write_new(f"{text}/{process_file}", json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
 
 
-def forget_process(directory: Path) -> None:
+def new_process_file() -> str:
+    """Return a name for a process.json that no other start has.
+
+    The conmon of a service that died is let go by that death. It must find nothing, not what a later start of the same
+    session has written.
+    """
+    return f"process-{time.monotonic_ns():x}.json"
+
+
+def forget_process(directory: Path, process_file: str = "") -> None:
     """Remove process.json once the runtime has read it: it holds secrets."""
-    with contextlib.suppress(OSError):
-        (directory / "process.json").unlink()
+    names = [process_file] if process_file else [path.name for path in directory.glob("process-*.json")]
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{directory}/{name}")  # noqa: PTH108  (Path costs more than the system call)
 
 
 def _write_new(path: str, data: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from execgate.model.container import Container
 from execgate.model.ids import SessionId
+from execgate.runtime.directory import new_process_file
 from execgate.runtime.fdstore import FdStore, Role, stream_name
 from execgate.runtime.monitor import Monitor, SyncPipe
 from execgate.runtime.posix_spawn import Child, PosixSpawn
@@ -63,7 +64,8 @@ class ExecRequest:
 class Spawned:
     """A conmon that waits for the end of its start pipe, and our ends of its pipes.
 
-    `held`: which of its descriptors are the read ends of the output pipes, by stream.
+    `held`: which of its descriptors are the read ends of the output pipes, by stream. `process_file`: what the
+    process.json is called that its runtime will read.
     """
 
     monitor: Monitor
@@ -72,6 +74,7 @@ class Spawned:
     attach_pipe: Descriptor | None
     streams: ExecStreams
     held: Mapping[int, int]
+    process_file: str
 
 
 class Spawner:
@@ -118,9 +121,9 @@ class Spawner:
         environment |= {"PATH": _CHILD_PATH, "TMPDIR": str(directory)}
         if runtime_dir := os.environ.get("XDG_RUNTIME_DIR"):
             environment["XDG_RUNTIME_DIR"] = runtime_dir
-        child = await self._run(
-            PosixSpawn(_arguments(self._conmon, request, directory), environment, ends.above(given))
-        )
+        process_file = new_process_file()
+        arguments = _arguments(self._conmon, request, directory, process_file)
+        child = await self._run(PosixSpawn(arguments, environment, ends.above(given)))
         with contextlib.suppress(OSError):
             resource.prlimit(child.pid, resource.RLIMIT_NOFILE, self._nofile)
         return Spawned(
@@ -130,6 +133,7 @@ class Spawner:
             attach_pipe=attach,
             streams=streams,
             held=held,
+            process_file=process_file,
         )
 
     async def _run(self, spawn: PosixSpawn) -> Child:
@@ -159,7 +163,7 @@ def stdin_input(pipe: Descriptor, session_id: SessionId, store: FdStore) -> Pipe
     return PipeInput(pipe, ended=lambda: store.drop([stream_name(session_id, Role.STDIN)]))
 
 
-def _arguments(conmon: Path, request: ExecRequest, directory: Path) -> list[str]:
+def _arguments(conmon: Path, request: ExecRequest, directory: Path, process_file: str) -> list[str]:
     runtime = request.container.runtime
     arguments = [str(conmon), "--api-version", "1", "--sync"]
     arguments += ["-c", request.container.id, "-u", request.session_id, "-n", request.container.name]
@@ -178,7 +182,7 @@ def _arguments(conmon: Path, request: ExecRequest, directory: Path) -> list[str]
         arguments += ["--timeout", str(math.ceil(request.timeout) + _TIMEOUT_MARGIN)]
     if request.preserved:
         arguments += ["--runtime-opt", f"--preserve-fds={len(request.preserved)}"]
-    return [*arguments, "-e", "--exec-process-spec", f"{directory}/process.json"]
+    return [*arguments, "-e", "--exec-process-spec", f"{directory}/{process_file}"]
 
 
 class _Ends:

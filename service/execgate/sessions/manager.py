@@ -61,6 +61,12 @@ class Runtime(Protocol):
         What it returns, the session's record, is kept as long as the process may run.
         """
 
+    def begin(self, request: ExecRequest) -> None:
+        """Take note that a start will probably come soon; of its process only `terminal` is known."""
+
+    async def close(self) -> None:
+        """Part from what was begun for starts that have not come."""
+
     def adopt(self, session: ExecSession) -> Adopted:
         """Take back a process that an earlier service started."""
 
@@ -170,6 +176,8 @@ class SessionManager:
             container_labels=container.labels,
         )
         self._ledger.created(session)
+        # Behind the answer, while the client reads it.
+        asyncio.get_running_loop().call_soon(self._begin_ahead, session, container)
         return session
 
     def inspect(self, session_id: str) -> ExecSession:
@@ -401,6 +409,7 @@ class SessionManager:
     async def hand_over(self) -> dict[SessionId, HandedSession]:
         """Stop everything as it stands, and return what the next service needs to know of the running sessions."""
         await self.settle()
+        await self._runtime.close()
         lives = list(self._live.values())
         ending = {live.task for live in self._ending if live.task is not None}
         handed = await asyncio.gather(*[live.hand_over() for live in lives])
@@ -426,6 +435,7 @@ class SessionManager:
     async def close(self) -> None:
         """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
         await self.settle()
+        await self._runtime.close()
         await asyncio.gather(*[live.close() for live in list(self._live.values())])
         ending = {live.task for live in self._ending if live.task is not None}
         if ending:
@@ -570,6 +580,24 @@ class SessionManager:
             manner=container.manner,
             default_limits=proc.limits(container.init.pid) if container.init is not None else {},
         )
+        return self._request_to_run(process, session, container, attach=attach, preserved=preserved)
+
+    def _begin_ahead(self, session: ExecSession, container: Container) -> None:
+        """Begin what a start of a new session will need, as it will be if the client has told what it wants."""
+        if self._store.get(session.id) is session and session.id not in self._preparing:
+            process = {"terminal": session.config.tty}
+            self._runtime.begin(self._request_to_run(process, session, container, attach=True, preserved=()))
+
+    def _request_to_run(
+        self,
+        process: Mapping[str, Any],
+        session: ExecSession,
+        container: Container,
+        *,
+        attach: bool,
+        preserved: Sequence[int],
+    ) -> ExecRequest:
+        config = session.config
         # What may be attached to later has to be there from the start.
         attach = attach or config.on_disconnect is OnDisconnect.KEEP
         limit = None

@@ -107,6 +107,7 @@ class FakeRuntime:
     def __init__(self, said: list[str]) -> None:
         self.said = said
         self.requests: list[ExecRequest] = []
+        self.begun: list[ExecRequest] = []
         self.executions: list[FakeExecution] = []
         self.records: list[str] = []
         self.adopted: ProcessIdentity | None = None
@@ -126,6 +127,12 @@ class FakeRuntime:
         await self.gate.wait()
         self.executions.append(FakeExecution(self.said))
         return self.executions[-1]
+
+    def begin(self, request: ExecRequest) -> None:
+        self.begun.append(request)
+
+    async def close(self) -> None:
+        self.said.append("close")
 
     def adopt(self, session: ExecSession) -> FakeExecution:
         self.said.append("adopt")
