@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import urllib.parse
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
-from execgate.engine import Engine, open_engine
+from execgate.engine import Engine, look_around, open_engine
 from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import (
     Address,
@@ -67,6 +68,7 @@ async def serve(config: Config, link: KeeperLink) -> None:
         gc.freeze()
         write_status(config.state_dir)
         link.tell("ready", *(["standby"] if config.standby else []))
+        threading.Thread(target=look_around, args=(engine.containers, config), name="look around", daemon=True).start()
         log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
         how = await ending
         if how is Ending.LEAVE:
