@@ -375,7 +375,7 @@ class SessionManager:
             if live is not None and live.started:
                 await live.signal(signals.SIGKILL)
             await self._ledger.end_of(session)
-        self._forget(lambda one: one.id == session.id)
+        self._forget(lambda _: True, [session.id])
 
     async def remove_all(self, container_ref: str, *, force: bool = False) -> Sequence[SessionId]:
         """Forget every session of a container, as `remove` does, and return which those were."""
@@ -677,8 +677,8 @@ class SessionManager:
         if live is not None:
             await asyncio.wait([live.settled])
 
-    def _forget(self, old: Callable[[ExecSession], bool]) -> int:
-        gone = self._ledger.forget(old)
+    def _forget(self, old: Callable[[ExecSession], bool], among: Iterable[SessionId] | None = None) -> int:
+        gone = self._ledger.forget(old, among)
         for session_id in gone:
             self._early_sizes.pop(session_id, None)
             self._backlogs.pop(session_id, None)

@@ -158,9 +158,13 @@ class SessionStore:
         """How many sessions wait for their start."""
         return len(self._created)
 
-    def forget(self, old: Callable[[ExecSession], bool]) -> list[SessionId]:
-        """Drop the sessions that are created or stopped and that `old` is true of; return which those were."""
-        ids = [session.id for session in self._known.values() if not session.running and old(session)]
+    def forget(self, old: Callable[[ExecSession], bool], among: Iterable[SessionId] | None = None) -> list[SessionId]:
+        """Drop the sessions that are created or stopped and that `old` is true of; return which those were.
+
+        `among` are the only ones that are looked at, if it is given.
+        """
+        looked_at = self._known.values() if among is None else filter(None, map(self._known.get, among))
+        ids = [session.id for session in looked_at if not session.running and old(session)]
         self._delete(ids)
         return ids
 
