@@ -16,6 +16,7 @@ the end of one session is `live`'s; what is kept and told is the `ledger`'s.
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal as signals
 import time
@@ -50,6 +51,9 @@ _START_GRACE = 1.0
 
 _END_GRACE = 2.0
 """Seconds that sessions which are over get to clear up when the service stops."""
+
+
+_PROCESSORS = os.cpu_count() or 1
 
 
 class Runtime(Protocol):
@@ -583,8 +587,12 @@ class SessionManager:
         return self._request_to_run(process, session, container, attach=attach, preserved=preserved)
 
     def _begin_ahead(self, session: ExecSession, container: Container) -> None:
-        """Begin what a start of a new session will need, as it will be if the client has told what it wants."""
-        if self._store.get(session.id) is session and session.id not in self._preparing:
+        """Begin what a start of a new session will need, as it will be if the client has told what it wants.
+
+        While starts keep all processors busy there is nothing to gain.
+        """
+        is_new = self._store.get(session.id) is session and session.id not in self._preparing
+        if is_new and self._gate.active < _PROCESSORS:
             process = {"terminal": session.config.tty}
             self._runtime.begin(self._request_to_run(process, session, container, attach=True, preserved=()))
 
