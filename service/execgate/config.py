@@ -22,7 +22,7 @@ from execgate.http.listeners import Address, parse_address
 from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
 from execgate.rootless import user_id
-from execgate.runtime.conmon import longest_state_dir
+from execgate.runtime.directory import longest_state_dir
 
 ENVIRONMENT_PREFIX = "EXECGATE_"
 RUNTIMES = ("runc", "crun")

@@ -161,6 +161,7 @@ async def open_engine(
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
+    Who has one is a service that others wait for: it is open before it has looked around.
     `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered,
     `next_event` the number of the one that would have come next.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
@@ -178,7 +179,8 @@ async def open_engine(
         captures = config.state_dir / "captures"
         captures.mkdir(mode=0o700, exist_ok=True)
         catalog = catalog_of(config)
-        await asyncio.to_thread(_look_around, catalog, config)
+        if store is None:
+            await asyncio.to_thread(look_around, catalog, config)
         manager = SessionManager(
             containers=catalog,
             runtime=runtime,
@@ -210,7 +212,7 @@ def catalog_of(config: Config) -> Catalog:
     )
 
 
-def _look_around(catalog: Catalog, config: Config) -> None:
+def look_around(catalog: Catalog, config: Config) -> None:
     """Read what there is once, so that the first request need not, and warn of runtimes with known holes. Blocks."""
     with contextlib.suppress(Unavailable):
         found = catalog.list()

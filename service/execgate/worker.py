@@ -102,7 +102,7 @@ class KeeperLink:
 
     def keep(self, descriptors: Mapping[str, int]) -> None:
         """See `FdStore.keep`."""
-        self._kept = {**self._kept, **descriptors}
+        self._kept.update(descriptors)
         for names, fds in protocol.batches(dict(descriptors)):
             self._send("keep", names, fds)
 

@@ -99,11 +99,13 @@ def test_killed_between_the_record_and_the_spawn(
     ran = runc_container.rootfs / "tmp/ran-after-all"
     ran.unlink(missing_ok=True)
     session = api.create(runc_container.id, "sh", "-c", "touch /tmp/ran-after-all; exit 8")
+    _wait_until_gone(service.state_dir / "sessions" / session[:32])  # the monitor that was begun at the create
     mark.mkdir()
     with pytest.raises(EOFError):
         api.start_detached(session)
     service.await_ready()
-    if api.inspect(session)["ExitCode"] is None and not api.inspect(session)["Running"]:
+    found = api.inspect(session)  # once: it may end between two looks
+    if found["ExitCode"] is None and not found["Running"]:
         assert not ran.exists()
         assert api.start_detached(session).status == 200  # its start was not on record: it can be had again
     code = api.wait_stopped(session)["ExitCode"]
@@ -136,7 +138,7 @@ def test_killed_while_a_terminal_is_set_up(
             time.sleep(0.01)
         time.sleep(0.3)  # the worker waits for conmon by now
         assert list(service.state_dir.glob("sessions/*"))
-        assert not list(service.state_dir.glob("sessions/*/process.json")), "what conmon is to run"
+        assert not list(service.state_dir.glob("sessions/*/process*.json")), "what conmon is to run"
         service.crash()
         with pytest.raises((EOFError, ConnectionError)):
             starting.result()
@@ -144,6 +146,40 @@ def test_killed_while_a_terminal_is_set_up(
     shown = api.call("GET", f"/exec/{session}/logs").body
     assert (shown, ran.exists()) == ((b"here\r\n", True) if code == 8 else (b"", False)), code
     assert api.pipe(runc_container.id, "true").exit_code == 0
+
+
+def test_killed_while_a_monitor_waits_for_its_start(new_service: NewService, runc_container: TestContainer) -> None:
+    """It is begun at the create. Let go by the death of its service it finds nothing to run, whatever comes later."""
+    service = new_service()
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sh", "-c", "echo once >> /tmp/how-often; exit 8")
+    (directory,) = _wait_for_any(service.state_dir / "sessions")
+    service.crash()
+    assert api.inspect(session)["ExitCode"] is None
+    assert api.start_detached(session).status == 200
+    assert api.wait_stopped(session)["ExitCode"] == 8
+    assert (runc_container.rootfs / "tmp/how-often").read_text() == "once\n"
+    assert api.pipe(runc_container.id, "true").exit_code == 0
+    service.stop()
+    assert not directory.exists()
+
+
+def _wait_until_gone(directory: Path) -> None:
+    """Wait until a directory was there, if it is to be, and is not any more."""
+    deadline = time.monotonic() + 10
+    while not directory.exists() and time.monotonic() < deadline - 9:
+        time.sleep(0.001)
+    while directory.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _wait_for_any(directory: Path) -> list[Path]:
+    deadline = time.monotonic() + 10
+    while not (found := list(directory.iterdir())):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return found
 
 
 def test_a_session_ends_while_nobody_serves(watched_service: NewService, runc_container: TestContainer) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import pytest
 
 from execgate.model.ids import SessionId
-from execgate.runtime.conmon import session_directory
+from execgate.runtime.directory import session_directory
 from execgate.runtime.readiness import Descriptor
 from support.api import RawApi
 from support.faults import Step, fifo, killed_at, steps_taken

@@ -349,3 +349,12 @@ def test_stop_while_a_start_is_under_way(
         time.sleep(0.02)
     second.stop()
     assert not list((second.state_dir / "sessions").iterdir())
+
+
+def test_what_a_service_starts_has_the_usual_priority(new_service: NewService, container: TestContainer) -> None:
+    """Although the service itself comes first, where it may."""
+    service = new_service()
+    policy_and_nice = "cut -d' ' -f19,41 /proc/self/stat"
+    result = RawApi(service.socket).pipe(container.id, "sh", "-c", policy_and_nice)
+    assert result.stdout == b"0 0\n", result
+    assert os.getpriority(os.PRIO_PROCESS, service.pid) in (0, -5)

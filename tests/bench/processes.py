@@ -52,3 +52,9 @@ def _memory(pid: int) -> Memory:
         return Memory()
     kilobytes = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
     return Memory(rss=kilobytes.get("Rss", 0) * 1024, pss=kilobytes.get("Pss", 0) * 1024)
+
+
+def run_seconds(pid: int) -> float:
+    """Return the time for which the threads of a process were on a processor, to the nanosecond."""
+    # Documentation/scheduler/sched-stats.rst: the first field of schedstat.
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from execgate.runtime.conmon import longest_state_dir
+from execgate.runtime.directory import longest_state_dir
 from execgate.status import read_status
 from support.errors import HostError
 from support.notify import NotifySocket

@@ -12,7 +12,7 @@ each question is put to every hierarchy that could answer it.
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from execgate.containers.files import read_kernel, translate
@@ -49,13 +49,19 @@ class Cgroup:
             directory = os.path.dirname(directory)  # noqa: PTH120
 
 
-def memberships(pid: int | str) -> dict[str, str]:
+def memberships(pid: int | str) -> Mapping[str, str]:
     """Return the path of the process's cgroup for each v1 controller (`name=systemd` too) and for `V2`.
 
     Empty when the process is gone.
     """
+    return _parsed_memberships(read_kernel(f"/proc/{pid}/cgroup") or b"")
+
+
+@functools.lru_cache(maxsize=128)
+def _parsed_memberships(text: bytes) -> Mapping[str, str]:
+    """Return what a `/proc/PID/cgroup` says; that of a container is asked for at every request, and stays the same."""
     paths: dict[str, str] = {}
-    for line in (read_kernel(f"/proc/{pid}/cgroup") or b"").splitlines():
+    for line in text.splitlines():
         _, _, rest = os.fsdecode(line).partition(":")
         controllers, _, path = rest.partition(":")
         paths |= dict.fromkeys(controllers.split(","), path)

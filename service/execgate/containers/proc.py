@@ -7,7 +7,6 @@ today, and no answer is made up: a process that is gone is None or False, a host
 import fcntl
 import functools
 import os
-import resource
 from collections.abc import Mapping
 
 from execgate.containers import cgroups
@@ -72,18 +71,24 @@ def limits(pid: int) -> dict[str, tuple[int, int]]:
     RLIMIT_NOFILE is always among them, because the service raises its own. A hard limit above ours takes
     CAP_SYS_RESOURCE: without it, ours is returned instead. Empty when the process is gone.
     """
+    return dict(_differing(read_kernel(f"/proc/{pid}/limits") or b"", _required("/proc/self/limits").encode()))
+
+
+@functools.lru_cache(maxsize=32)
+def _differing(theirs_text: bytes, own_text: bytes) -> Mapping[str, tuple[int, int]]:
+    """Return what `limits` does of two `/proc/PID/limits`, theirs and ours."""
     found: dict[str, tuple[int, int]] = {}
-    for name, theirs in _parsed_limits(read_kernel(f"/proc/{pid}/limits") or b"").items():
-        own = tuple(INFINITY if value < 0 else value for value in resource.getrlimit(getattr(resource, name)))
+    ours = _parsed_limits(own_text)
+    for name, theirs in _parsed_limits(theirs_text).items():
+        own = ours.get(name, theirs)
         if theirs != own or name == "RLIMIT_NOFILE":
             beyond = theirs[1] > own[1] and not _may_raise_limits()
             found[name] = (min(theirs[0], own[1]), own[1]) if beyond else theirs
     return found
 
 
-@functools.lru_cache(maxsize=32)
-def _parsed_limits(text: bytes) -> Mapping[str, tuple[int, int]]:
-    """Return soft and hard limits by name; most containers have the same ones."""
+def _parsed_limits(text: bytes) -> dict[str, tuple[int, int]]:
+    """Return soft and hard limits by name."""
     found = {}
     for line in text.decode("ascii", "replace").splitlines()[1:]:
         name = _LIMITS.get(line[:_LIMIT_COLUMN].strip())

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from execgate.model.ids import SessionId
+from execgate.wire import stdcopy
 
 
 class FdStore(Protocol):
@@ -54,6 +55,15 @@ class Role(StrEnum):
     PROCESS = "process"
 
 
+OUTPUT_ROLES = {stdcopy.STDOUT: Role.STDOUT, stdcopy.STDERR: Role.STDERR}
+"""What a stream of output is to its session."""
+
+
 def stream_name(session_id: SessionId, role: Role) -> str:
     """Return the name under which a session's descriptor is kept."""
     return f"{session_id[:32]}.{role}"
+
+
+def drop_all(store: FdStore, session_id: SessionId) -> None:
+    """Have nothing of a session kept any more."""
+    store.drop([stream_name(session_id, role) for role in Role])

@@ -5,6 +5,7 @@ child is told by the ioctl `PIDFD_GET_INFO` with `PIDFD_INFO_EXIT` (Linux 6.15),
 before the process was reaped. On older kernels the answer is None, an honest "unknown".
 """
 
+import asyncio
 import fcntl
 import os
 import struct
@@ -20,6 +21,9 @@ from execgate.runtime.readiness import Descriptor, readable
 _INFO = struct.Struct("=QQ11Ii")
 _PIDFD_INFO_EXIT = 1 << 3
 _PIDFD_GET_INFO = (3 << 30) | (_INFO.size << 16) | (0xFF << 8) | 11  # _IOWR(0xFF, 11, struct pidfd_info)
+
+_REAP_ATTEMPTS = 20
+_REAP_INTERVAL = 0.05
 
 
 def identify(pid: int) -> ProcessIdentity | None:
@@ -72,6 +76,17 @@ def zombie_status(process: ProcessIdentity) -> ExitStatus | None:
     if fields[0] != b"Z" or int(fields[19]) != process.start_time:
         return None
     return ExitStatus(shell_code(int(fields[49])), ExitSource.PIDFD)
+
+
+async def kernel_status(process: ProcessIdentity | None, fd: Descriptor | None) -> ExitStatus | None:
+    """Ask the kernel, which tells of an ended process in one place before it is reaped and in another after."""
+    if process is None or fd is None:
+        return None
+    for _ in range(_REAP_ATTEMPTS):
+        if status := zombie_status(process) or exit_status(fd):
+            return status
+        await asyncio.sleep(_REAP_INTERVAL)  # the kernel has no event for "reaped"
+    return None
 
 
 def shell_code(wait_status: int) -> int:

@@ -20,6 +20,8 @@ class StartGate:
 
     def __init__(self, parallel: int, queued: int) -> None:
         self._free = asyncio.Semaphore(parallel)
+        self.active = 0
+        """How many starts go on."""
         self._queued = queued
         self._waiting = 0
         self._closed = False
@@ -41,10 +43,15 @@ class StartGate:
         if self._closed:
             await asyncio.get_running_loop().create_future()
         turn = Turn()
+        self.active += 1
         try:
             yield turn
         finally:
             if turn.until is None:
-                self._free.release()
+                self._end()
             else:
-                turn.until.add_done_callback(lambda _: self._free.release())
+                turn.until.add_done_callback(lambda _: self._end())
+
+    def _end(self) -> None:
+        self.active -= 1
+        self._free.release()

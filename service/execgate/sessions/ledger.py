@@ -8,7 +8,7 @@ If the store cannot take it now, it is kept here until the store does.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from execgate.model.errors import Unavailable
@@ -101,12 +101,15 @@ class Ledger:
             waiter.set_result(after)
         return after
 
-    def forget(self, old: Callable[[ExecSession], bool]) -> list[SessionId]:
-        """Drop the sessions that do not run and that `old` is true of; first keep what could not be kept before."""
+    def forget(self, old: Callable[[ExecSession], bool], among: Iterable[SessionId] | None = None) -> list[SessionId]:
+        """Drop the sessions that do not run and that `old` is true of; first keep what could not be kept before.
+
+        `among` are the only ones that are looked at, if it is given.
+        """
         for session_id, (before, after) in list(self._unsaved.items()):
             self._store.move(before, after)
             del self._unsaved[session_id]
-        gone = self._store.forget(old)
+        gone = self._store.forget(old, among)
         for session_id in gone:
             if (waiter := self._waiters.pop(session_id, None)) is not None:
                 waiter.cancel()

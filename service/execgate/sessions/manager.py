@@ -16,10 +16,11 @@ the end of one session is `live`'s; what is kept and told is the `ledger`'s.
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal as signals
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_ses
 from execgate.model.session import ByteCounts, ExecSession, ExitSource, SessionState
 from execgate.oci.process import build_process, validate_config
 from execgate.oci.users import container_user, resolve_user
-from execgate.runtime.conmon import ExecRequest
+from execgate.runtime.spawning import ExecRequest
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
@@ -53,6 +54,9 @@ _END_GRACE = 2.0
 """Seconds that sessions which are over get to clear up when the service stops."""
 
 
+_PROCESSORS = os.cpu_count() or 1
+
+
 class Runtime(Protocol):
     """What runs processes in containers."""
 
@@ -61,6 +65,12 @@ class Runtime(Protocol):
 
         What it returns, the session's record, is kept as long as the process may run.
         """
+
+    def begin(self, request: ExecRequest) -> None:
+        """Take note that a start will probably come soon; of its process only `terminal` is known."""
+
+    async def close(self) -> None:
+        """Part from what was begun for starts that have not come."""
 
     def adopt(self, session: ExecSession) -> Adopted:
         """Take back a process that an earlier service started."""
@@ -151,6 +161,7 @@ class SessionManager:
         self._ending: set[LiveSession] = set()  # over, and on record as such, but not cleared up yet
         self._backlogs: dict[SessionId, CaptureBacklog] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
+        self._preparing: dict[SessionId, asyncio.Future[None]] = {}  # whose start is not on record yet
 
     # -- create and look ---------------------------------------------------------------------------------------------
 
@@ -171,6 +182,8 @@ class SessionManager:
             container_labels=container.labels,
         )
         self._ledger.created(session)
+        # Behind the answer, while the client reads it.
+        asyncio.get_running_loop().call_soon(self._begin_ahead, session, container)
         return session
 
     def inspect(self, session_id: str) -> ExecSession:
@@ -380,7 +393,7 @@ class SessionManager:
             if live is not None and live.started:
                 await live.signal(signals.SIGKILL)
             await self._ledger.end_of(session)
-        self._forget(lambda one: one.id == session.id)
+        self._forget(lambda _: True, [session.id])
 
     async def remove_all(self, container_ref: str, *, force: bool = False) -> Sequence[SessionId]:
         """Forget every session of a container, as `remove` does, and return which those were."""
@@ -414,6 +427,7 @@ class SessionManager:
     async def hand_over(self) -> dict[SessionId, HandedSession]:
         """Stop everything as it stands, and return what the next service needs to know of the running sessions."""
         await self.settle()
+        await self._runtime.close()
         lives = list(self._live.values())
         ending = {live.task for live in self._ending if live.task is not None}
         handed = await asyncio.gather(*[live.hand_over() for live in lives])
@@ -443,6 +457,7 @@ class SessionManager:
     async def close(self) -> None:
         """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
         await self.settle()
+        await self._runtime.close()
         await asyncio.gather(*[live.close() for live in list(self._live.values())])
         ending = {live.task for live in self._ending if live.task is not None}
         if ending:
@@ -526,7 +541,7 @@ class SessionManager:
         preserved: Sequence[int],
         intended: Callable[[], None] = lambda: None,
     ) -> LiveSession:
-        async with self._gate.turn() as turn:
+        async with self._gate.turn() as turn, self._preparation(session_id) as settled:
             session = self.inspect(session_id)
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
@@ -539,6 +554,7 @@ class SessionManager:
                 begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
                 self._early_sizes.pop(session.id, None)
                 intended()
+                settled()
                 return self._store.text_of(session.id)
 
             try:
@@ -553,6 +569,24 @@ class SessionManager:
             begun.execution = execution
             turn.until = begun.settled
             return begun
+
+    @contextlib.asynccontextmanager
+    async def _preparation(self, session_id: str) -> AsyncIterator[Callable[[], None]]:
+        """Let one start of a session be prepared at a time; what it yields says that its intent is on record."""
+        known = SessionId(session_id)
+        while (other := self._preparing.get(known)) is not None:
+            await asyncio.wait([other])
+        prepared = self._preparing[known] = asyncio.get_running_loop().create_future()
+
+        def settle() -> None:
+            if not prepared.done():
+                del self._preparing[known]
+                prepared.set_result(None)
+
+        try:
+            yield settle
+        finally:
+            settle()
 
     def _request(
         self,
@@ -573,6 +607,28 @@ class SessionManager:
             manner=container.manner,
             default_limits=proc.limits(container.init.pid) if container.init is not None else {},
         )
+        return self._request_to_run(process, session, container, attach=attach, preserved=preserved)
+
+    def _begin_ahead(self, session: ExecSession, container: Container) -> None:
+        """Begin what a start of a new session will need, as it will be if the client has told what it wants.
+
+        While starts keep all processors busy there is nothing to gain.
+        """
+        is_new = self._store.get(session.id) is session and session.id not in self._preparing
+        if is_new and self._gate.active < _PROCESSORS:
+            process = {"terminal": session.config.tty}
+            self._runtime.begin(self._request_to_run(process, session, container, attach=True, preserved=()))
+
+    def _request_to_run(
+        self,
+        process: Mapping[str, Any],
+        session: ExecSession,
+        container: Container,
+        *,
+        attach: bool,
+        preserved: Sequence[int],
+    ) -> ExecRequest:
+        config = session.config
         # What may be attached to later has to be there from the start.
         attach = attach or config.on_disconnect is OnDisconnect.KEEP
         limit = None
@@ -652,8 +708,8 @@ class SessionManager:
         if live is not None:
             await asyncio.wait([live.settled])
 
-    def _forget(self, old: Callable[[ExecSession], bool]) -> int:
-        gone = self._ledger.forget(old)
+    def _forget(self, old: Callable[[ExecSession], bool], among: Iterable[SessionId] | None = None) -> int:
+        gone = self._ledger.forget(old, among)
         for session_id in gone:
             self._early_sizes.pop(session_id, None)
             self._backlogs.pop(session_id, None)

@@ -66,6 +66,7 @@ class SessionStore:
         self._by_container: dict[ContainerId, dict[SessionId, ExecSession]] = {}
         self._unfinished: dict[ContainerId, set[SessionId]] = {}
         self._created: set[SessionId] = set()
+        self._last_text: tuple[SessionId, str] | None = None  # what was written last
         with _translated(path):
             try:
                 rows = self._open(boot_id)
@@ -103,6 +104,8 @@ class SessionStore:
 
     def text_of(self, session_id: SessionId) -> str:
         """Return the record of a session as it is stored; `lost` of a later store takes it."""
+        if self._last_text is not None and self._last_text[0] == session_id:  # which is asked for in a start
+            return self._last_text[1]
         with _translated(self._path):
             row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
         return str(row[0]) if row else ""
@@ -117,11 +120,13 @@ class SessionStore:
             raise ValueError(f"a session cannot go from {before.state} to {after.state}")
         if after.config.env:
             after = replace(after, config=replace(after.config, env=()))
+        text = _dump(after)
         with _translated(self._path):
             changed = self._db.execute(
                 "UPDATE session SET state = ?, record = ? WHERE id = ? AND state = ?",
-                (after.state, _dump(after), before.id, before.state),
+                (after.state, text, before.id, before.state),
             ).rowcount
+        self._last_text = (after.id, text) if changed else None
         if not changed:
             self._reread(before.id)
             raise StateChanged(f"exec session {before.id} is no longer {before.state}")
@@ -154,9 +159,13 @@ class SessionStore:
         """How many sessions wait for their start."""
         return len(self._created)
 
-    def forget(self, old: Callable[[ExecSession], bool]) -> list[SessionId]:
-        """Drop the sessions that are created or stopped and that `old` is true of; return which those were."""
-        ids = [session.id for session in self._known.values() if not session.running and old(session)]
+    def forget(self, old: Callable[[ExecSession], bool], among: Iterable[SessionId] | None = None) -> list[SessionId]:
+        """Drop the sessions that are created or stopped and that `old` is true of; return which those were.
+
+        `among` are the only ones that are looked at, if it is given.
+        """
+        looked_at = self._known.values() if among is None else filter(None, map(self._known.get, among))
+        ids = [session.id for session in looked_at if not session.running and old(session)]
         self._delete(ids)
         return ids
 
@@ -293,7 +302,7 @@ def _load_as(path: Path, session_id: str, record: str) -> ExecSession:
 
 
 def _dump(session: ExecSession) -> str:
-    return _RECORD.dump_json(session).decode()
+    return _RECORD.dump_json(session, exclude_defaults=True).decode()  # what a record lacks has its default
 
 
 @contextmanager

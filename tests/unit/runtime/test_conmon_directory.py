@@ -12,8 +12,10 @@ import pytest
 from execgate.model.ids import new_session_id
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus
-from execgate.runtime import conmon
-from execgate.runtime.conmon import AdoptedExec, ConmonRuntime, session_directory
+from execgate.runtime import adopted
+from execgate.runtime.adopted import AdoptedExec
+from execgate.runtime.conmon import ConmonRuntime
+from execgate.runtime.directory import exit_file_status, session_directory
 from execgate.runtime.fdstore import NoFdStore
 from execgate.runtime.tree import SessionCgroups
 from support.records import new_session
@@ -44,7 +46,7 @@ def directory_of(parent: Path, session: ExecSession, *, code: str | None = None,
     ],
 )
 def test_exit_files(tmp_path: Path, text: str | None, status: ExitStatus | None) -> None:
-    assert conmon.exit_file_status(directory_of(tmp_path, new_session(), code=text)) == status
+    assert exit_file_status(directory_of(tmp_path, new_session(), code=text)) == status
 
 
 @pytest.mark.parametrize(
@@ -61,17 +63,17 @@ async def test_how_it_ended_while_no_service_ran(
     tmp_path: Path, timeout: float | None, ago: float, code: str | None, expected: ExitStatus
 ) -> None:
     """conmon writes -1 for one that it ended itself, and for one whose end it did not see: time tells them apart."""
-    session = replace(new_session(timeout=timeout), process=GONE, started_at=time.time() - ago)
+    session = replace(new_session(timeout=timeout), process=GONE, started_at=time.time(), since=time.monotonic() - ago)
     directory = directory_of(tmp_path, session, code=code)
-    adopted = AdoptedExec(directory, session, SessionCgroups(None), NoFdStore(), 1.0)
-    assert await adopted.wait() == expected
-    await adopted.dispose()
+    process = AdoptedExec(directory, session, SessionCgroups(None), NoFdStore(), 1.0)
+    assert await process.wait() == expected
+    await process.dispose()
     assert not directory.exists()
 
 
 def test_one_without_a_limit_is_never_late() -> None:
-    assert conmon._deadline(new_session()) == math.inf
-    assert conmon._deadline(new_session(timeout=1.0)) == math.inf, "it was never started"
+    assert adopted._deadline(new_session()) == math.inf
+    assert adopted._deadline(new_session(timeout=1.0)) == math.inf, "it was never started"
 
 
 def test_a_sweep_removes_what_nobody_has(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from execgate.model.errors import Conflict, Exhausted, NotFound, StartFailed, Un
 from execgate.model.ids import ContainerId, SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
-from execgate.runtime.conmon import ExecRequest
+from execgate.runtime.spawning import ExecRequest
 from execgate.runtime.streams import ExecStreams
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.events import EventBus
@@ -107,15 +107,19 @@ class FakeRuntime:
     def __init__(self, said: list[str]) -> None:
         self.said = said
         self.requests: list[ExecRequest] = []
+        self.begun: list[ExecRequest] = []
         self.executions: list[FakeExecution] = []
         self.records: list[str] = []
         self.adopted: ProcessIdentity | None = None
         self.before: Callable[[ExecRequest], None] = lambda _: None
         self.gate = asyncio.Event()
         self.gate.set()
+        self.spawned = asyncio.Event()
+        self.spawned.set()
         self.kept: set[SessionId] = set()
 
     async def prepare(self, request: ExecRequest, intend: Callable[[], str]) -> FakeExecution:
+        await self.spawned.wait()
         self.records.append(intend())
         self.said.append("prepare")  # from here on there is something to run
         self.requests.append(request)
@@ -123,6 +127,12 @@ class FakeRuntime:
         await self.gate.wait()
         self.executions.append(FakeExecution(self.said))
         return self.executions[-1]
+
+    def begin(self, request: ExecRequest) -> None:
+        self.begun.append(request)
+
+    async def close(self) -> None:
+        self.said.append("close")
 
     def adopt(self, session: ExecSession) -> FakeExecution:
         self.said.append("adopt")
@@ -329,6 +339,27 @@ async def test_started_twice(world: World) -> None:
     with pytest.raises(AlreadyStarted, match="has already run"):
         await world.manager.start_attached(session.id, None, world.take_over)
     assert "head" not in world.said
+
+
+async def test_a_start_that_comes_while_another_is_prepared(world: World) -> None:
+    """Its intent is not on record yet, and there can be but one directory: the later one waits for what comes of it."""
+    session = await world.create()
+    world.runtime.spawned.clear()
+    first, second = (asyncio.create_task(world.manager.start_detached(session.id)) for _ in range(2))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()  # it never came to be, so the other may
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    third = asyncio.create_task(world.manager.start_detached(session.id))
+    world.runtime.spawned.set()
+    with pytest.raises(AlreadyStarted):
+        await asyncio.wait_for(third, SOON)
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    world.runtime.executions[0].end()
+    assert (await asyncio.wait_for(second, SOON)).process == PROCESS
+    assert world.said.count("prepare") == 1
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), asyncio.CancelledError()], ids=["gone", "cancelled"])
@@ -578,7 +609,7 @@ async def test_a_start_is_kept_beside_its_process(world: World) -> None:
     await world.wait_for("start")
     (record,) = world.runtime.records
     fields = json.loads(record)
-    assert (fields["id"], fields["state"], fields["config"]["env"]) == (session.id, "starting", [])
+    assert (fields["id"], fields["state"], fields["config"].get("env")) == (session.id, "starting", None)
     world.runtime.executions[0].started.set_result(PROCESS)
     await task
 

@@ -391,3 +391,12 @@ def test_a_migration_is_whole_or_not_at_all(open_store: Open, path: Path, monkey
         with pytest.raises(Unavailable):
             open_store()
     assert open_store().all() == [session]
+
+
+def test_forgetting_looks_only_where_it_is_told(open_store: Open) -> None:
+    store = open_store()
+    first, second, third = (new_session() for _ in range(3))
+    for session in (first, second, third):
+        store.add(session)
+    assert store.forget(lambda one: one.id != first.id, [first.id, second.id, new_session().id]) == [second.id]
+    assert [one.id for one in store.all()] == [first.id, third.id]
