@@ -46,7 +46,7 @@ class Ahead(Generic[_T]):
         self._spawn = spawn
         self._undo = undo
         self._begun: dict[SessionId, _Begun[_T]] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[SessionId, asyncio.Task[None]] = {}
         self._closed = False
 
     def begin(self, request: ExecRequest) -> None:
@@ -59,14 +59,20 @@ class Ahead(Generic[_T]):
         self._begun[session_id] = _Begun(request, task, timer)
 
     async def take(self, request: ExecRequest) -> _T | None:
-        """Return what was begun for this start; None when that was nothing, or nothing of use."""
-        begun = self._begun.pop(request.session_id, None)
+        """Return what was begun for this start; None when that was nothing, or nothing of use.
+
+        In that case nothing is left of it: the start has to make another one in the same place.
+        """
+        begun = self._begun.get(request.session_id)
+        if begun is not None and not begun.suits(request):
+            self._drop(request.session_id)
+        if (ending := self._ending.get(request.session_id)) is not None:
+            await asyncio.wait([ending])
+            return None
         if begun is None:
             return None
+        del self._begun[request.session_id]
         begun.timer.cancel()
-        if not begun.suits(request):
-            await self._end(begun)
-            return None
         try:
             return await begun.task
         except ExecgateError:  # that was then: it may be possible now
@@ -77,7 +83,7 @@ class Ahead(Generic[_T]):
         self._closed = True
         for session_id in list(self._begun):
             self._drop(session_id)
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self._ending.values())
 
     async def _made(self, request: ExecRequest) -> _T:
         return await self._spawn(request)
@@ -85,9 +91,8 @@ class Ahead(Generic[_T]):
     def _drop(self, session_id: SessionId) -> None:
         begun = self._begun.pop(session_id)
         begun.timer.cancel()
-        task = asyncio.ensure_future(self._end(begun))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        task = self._ending[session_id] = asyncio.ensure_future(self._end(begun))
+        task.add_done_callback(lambda _: self._ending.pop(session_id))
 
     async def _end(self, begun: _Begun[_T]) -> None:
         with contextlib.suppress(ExecgateError):  # nothing came of it

@@ -32,6 +32,8 @@ class Workshop:
         self.free.set()
         self.made: list[ExecRequest] = []
         self.undone: list[int] = []
+        self.undoing, self.may_undo = asyncio.Event(), asyncio.Event()
+        self.may_undo.set()
         self.error: Exception | None = None
 
     async def spawn(self, request: ExecRequest) -> int:
@@ -42,6 +44,8 @@ class Workshop:
         return len(self.made)
 
     async def undo(self, made: int) -> None:
+        self.undoing.set()
+        await self.may_undo.wait()
         self.undone.append(made)
 
 
@@ -108,6 +112,21 @@ async def test_one_that_is_not_wanted_soon_is_ended(monkeypatch: pytest.MonkeyPa
         while not shop.undone:
             await asyncio.sleep(0.005)
     assert await shop.ahead.take(request) is None
+    assert shop.undone == [1]
+
+
+async def test_a_start_that_comes_while_one_is_ended_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_PATIENCE", 0.02)
+    shop = Workshop()
+    shop.may_undo.clear()
+    request = new_request()
+    shop.ahead.begin(request)
+    await asyncio.wait_for(shop.undoing.wait(), 5)
+    taking = asyncio.create_task(shop.ahead.take(request))
+    await asyncio.sleep(0.02)
+    assert not taking.done()
+    shop.may_undo.set()
+    assert await taking is None
     assert shop.undone == [1]
 
 
