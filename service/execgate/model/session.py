@@ -91,7 +91,8 @@ class ExecSession:
     its state, in seconds of the monotonic clock, which nobody sets and which means the same to every process of a boot;
     no record outlives that. `process` and `monitor` (conmon) are set while they are known to exist or have existed;
     `exit` is set exactly when `state` is stopped. `error` is why a start failed. `transferred` is what had passed at
-    the end. `container_labels` are those of the container at create: events show them.
+    the end. `attended`: somebody is attached, or was until a service died, and the process is to go with its clients.
+    `container_labels` are those of the container at create: events show them.
     """
 
     id: SessionId
@@ -109,6 +110,7 @@ class ExecSession:
     error: str = ""
     timed_out: bool = False
     transferred: ByteCounts = ByteCounts()
+    attended: bool = False
     container_labels: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -74,6 +74,10 @@ class Ledger:
         """Keep that its time is over, before it is ended for it: whoever learns of its end cannot tell any more."""
         return self._keep(session, replace(session, timed_out=True))
 
+    def attended(self, session: ExecSession, *, attended: bool) -> ExecSession:
+        """Keep whether somebody is attached."""
+        return self._keep(session, replace(session, attended=attended))
+
     def stopped(
         self,
         session: ExecSession,

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 BOTH = frozenset({stdcopy.STDOUT, stdcopy.STDERR})
 
 _REATTACH_GRACE = 60.0
-"""Seconds for which stdin stays open when its client was lost with the service before this one."""
+"""Seconds in which clients that were lost with the service before this one can come back. Then they are absent."""
+
+_GO_WITH_CLIENTS = frozenset({OnDisconnect.HUP, OnDisconnect.KILL})
 
 
 class Execution(Protocol):
@@ -199,7 +201,8 @@ class LiveSession:
         for one in self._handed.attachments:
             if not one.first:
                 self._do(self._follow_again(one), self._following)
-        if not self._handed.attachments and self.session.config.on_disconnect is OnDisconnect.DOCKER:
+        stays_open = self.session.config.on_disconnect is OnDisconnect.DOCKER
+        if not self._handed.attachments and (stays_open or self.session.attended):
             self._timers.append(asyncio.get_running_loop().call_later(_REATTACH_GRACE, self._nobody_came))
 
     async def hand_over(self) -> Handed:
@@ -301,6 +304,7 @@ class LiveSession:
         `rest` and `withheld` are input that an earlier service has left.
         """
         self._clients += 1
+        self._note(attended=True)
         keys = self.session.config.detach_keys if self.session.config.tty else b""
         follower = Follower(self.backlog, client, offset, wanted)
         feeder = Feeder(client, self.stdin if stdin else Stdin(None), keys, rest=rest, withheld=withheld)
@@ -445,6 +449,7 @@ class LiveSession:
     def _join(self, client: AttachedClient, pump: Pump) -> None:
         """Let the process wait for its first client, and get its input."""
         self._clients += 1
+        self._note(attended=True)
         config = self.session.config
         rest, withheld = next(((one.rest, one.withheld) for one in self._handed.attachments if one.first), (b"", b""))
         keys = config.detach_keys if config.tty else b""
@@ -458,9 +463,9 @@ class LiveSession:
         )
 
     def _nobody_came(self) -> None:
-        """End the stdin of a process whose client was lost with an earlier service and has not come back."""
+        """Draw the consequences for a process whose client was lost with an earlier service and has not come back."""
         if not self._clients:
-            self.stdin.close()
+            self._abandoned(self.session.config.on_disconnect)
 
     async def _watch(self, client: AttachedClient, pump: Pump) -> None:
         """Notice that the first client is gone although nothing is sent to it, and its input was over before."""
@@ -487,8 +492,17 @@ class LiveSession:
         log.debug("exec %s lost a client: %s", self.session.id[:12], departure.value)
         if departure is Departure.DETACHED:
             self._ledger.tell("exec_detach", self.session)
+            if not self._clients:
+                self._note(attended=False)
         elif not self._clients:
             self._abandoned(self.session.config.on_disconnect)
+
+    def _note(self, *, attended: bool) -> None:
+        """Have it on record, where it matters to a service that comes after a crash."""
+        session = self.session
+        matters = self.started and session.running and session.config.on_disconnect in _GO_WITH_CLIENTS
+        if matters and session.attended is not attended:
+            self.session = self._ledger.attended(session, attended=attended)
 
     def _abandoned(self, policy: OnDisconnect) -> None:
         if policy is OnDisconnect.KEEP:

@@ -14,6 +14,7 @@ from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
 from execgate.runtime.streams import UNRECORDED, ExecStreams, Inflow, Recorders
 from execgate.runtime.tree import ProcessTree, SessionCgroups
+from execgate.sessions import live as live_module
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog
 from execgate.sessions.events import EventBus
 from execgate.sessions.ledger import Ledger
@@ -291,6 +292,47 @@ async def test_only_the_last_client_counts(stage: Stage, policy: OnDisconnect) -
     await asyncio.wait_for(watching, SOON)
     await turns()
     assert tree.got == [{OnDisconnect.HUP: signal.SIGHUP, OnDisconnect.KILL: signal.SIGKILL}[policy]]
+    await stage.ended(live)
+
+
+@pytest.mark.parametrize(
+    ("policy", "start", "signals"),
+    [
+        (OnDisconnect.KILL, "attached", [signal.SIGKILL]),
+        (OnDisconnect.HUP, "attached", [signal.SIGHUP]),
+        (OnDisconnect.KILL, "detached", []),
+        (OnDisconnect.KILL, "detached by the keys", []),
+        (OnDisconnect.KILL, "comes back", []),
+        (OnDisconnect.DOCKER, "attached", []),
+        (OnDisconnect.KEEP, "attached", []),
+    ],
+)
+async def test_a_client_that_was_lost_with_a_service(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, policy: OnDisconnect, start: str, signals: list[int]
+) -> None:
+    """It has a while to come back. Then the same follows as if it had gone, and only if there was one."""
+    monkeypatch.setattr(live_module, "_REATTACH_GRACE", 0.05)
+    client = None if start == "detached" else FakeClient()
+    dead, _, _ = await stage.running(client, tty=True, on_disconnect=policy)
+    if start == "detached by the keys":
+        assert client is not None
+        client.typed.put_nowait(b"\x10\x11")
+        await until(lambda: client.end == "finish")
+    record = stage.ledger.get(dead.session.id)
+    assert record is not None
+    await dead.close()
+    live = LiveSession(record, stage.ledger, MemoryBacklog(), drain=0, grace=SOON, over=stage.over.append)
+    stage.all.append(live)
+    live.execution = execution = FakeExecution()
+    live.adopt(execution, None)
+    tasks = []
+    if start == "comes back":
+        tasks.append(asyncio.create_task(live.attach(FakeClient(), 0, stdin=True, wanted=BOTH)))
+    await asyncio.sleep(0.1)
+    assert isinstance(execution.tree, FakeTree)
+    assert execution.tree.got == signals
+    execution.end()
+    await asyncio.gather(*tasks)
     await stage.ended(live)
 
 
