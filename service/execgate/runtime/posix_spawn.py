@@ -91,7 +91,10 @@ def _ticks() -> int:
 
 
 def _strings(strings: Sequence[str]) -> "ctypes.Array[ctypes.c_char_p]":
-    return (ctypes.c_char_p * (len(strings) + 1))(*map(os.fsencode, strings), None)
+    encoded = [os.fsencode(one) for one in strings]
+    if any(b"\0" in one for one in encoded):  # which would be its end
+        raise ValueError("embedded null byte")
+    return (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
 
 
 def _check(code: int) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from execgate.model.container import Container
+from execgate.model.errors import Unavailable
 from execgate.model.ids import SessionId
 from execgate.runtime.directory import new_process_file
 from execgate.runtime.fdstore import FdStore, Role, stream_name
@@ -90,6 +92,15 @@ class Spawner:
         self._store = store
         # Its own: one that reads a container's files can be kept waiting by the container.
         self._threads = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="spawn")
+        # All of them now: a thread that cannot be had later is reported, and its work is done by another all the same.
+        here = threading.Barrier(_PARALLEL + 1)
+        try:
+            for _ in range(_PARALLEL):
+                self._threads.submit(here.wait)
+        except RuntimeError as error:
+            here.abort()
+            raise Unavailable("the host has no threads left", hint=str(error)) from error
+        here.wait()
 
     async def spawn(self, request: ExecRequest, directory: Path) -> Spawned:
         """Make the pipes and spawn conmon; OSError, and then nothing is left of either."""

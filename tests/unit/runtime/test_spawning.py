@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from execgate.containers import proc
+from execgate.runtime import spawning
 from execgate.runtime.fdstore import NoFdStore
 from execgate.runtime.posix_spawn import Child, PosixSpawn
 from execgate.runtime.spawning import Spawner, _Ends
@@ -70,6 +71,19 @@ def test_a_clean_child() -> None:
     assert int(masks["SigBlk"], 16) == 0
     assert int(masks["SigIgn"], 16) & ~(1 << 31 | 1 << 32) == 0
     assert lines[-1] == "ä = ö"
+
+
+def test_no_argument_is_cut() -> None:
+    with pytest.raises(ValueError, match="null byte"):
+        PosixSpawn(["/bin/true", "a\0b"], {}, [])
+
+
+def test_all_threads_are_there_from_the_start() -> None:
+    """One that is refused later, when the host has none left, would leave its work to another, unasked."""
+    before = threading.active_count()
+    spawner = Spawner(Path("/bin/true"), nofile=(1024, 1024), store=NoFdStore())
+    assert threading.active_count() == before + spawning._PARALLEL
+    spawner._threads.shutdown()
 
 
 def test_no_such_program() -> None:
