@@ -8,7 +8,7 @@ export PYTHONPATH := tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-stop test check bench soak lock clean host engines venv
+.PHONY: help demo demo-stop test check bench plot soak lock clean host engines venv
 
 help:                 ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,10 @@ check: venv           ## ruff and mypy --strict
 bench: engines venv      ## measure the service against the bare runtime and the engines of this machine
 	@$(VENV)/bin/python -m bench
 
+plot: .venv-plot/.ready  ## renew figures and plot of docs/benchmarks.md from what bench measured, JSON=build/bench.json
+	@.venv-plot/bin/python -m bench.page $(or $(JSON),build/bench.json) docs/benchmarks.md
+	@MPLCONFIGDIR=.venv-plot .venv-plot/bin/python -m bench.plot docs/benchmarks.json docs/benchmarks.svg
+
 soak: engines venv      ## a random mix of everything with kills and reloads, SECONDS=600, SEED=
 	@$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
@@ -52,6 +56,9 @@ venv: $(VENV)/.ready
 # What a bare machine lacks (python3-venv) comes before the first virtual environment.
 $(VENV)/.ready: requirements/dev.txt pyproject.toml scripts/make-venv | host
 	@scripts/make-venv $(PYTHON) $(VENV)
+
+.venv-plot/.ready: requirements/plot.txt scripts/make-venv | host
+	@scripts/make-venv $(PYTHON) $(@D) requirements/plot.txt
 
 .venv-%/.ready: requirements/dev.txt pyproject.toml scripts/make-venv
 	@scripts/make-venv $(VENV_PYTHON) $(@D)

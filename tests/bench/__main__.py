@@ -1,7 +1,6 @@
 """`make bench`: execgate, the bare runtime and the engines of this machine, measured in turns."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -10,8 +9,11 @@ from pathlib import Path
 
 from bench import machine
 from bench.arena import NAMES, RUNTIMES, Arena, open_arena
+from bench.contestants import DOCKERD, PODMAN
+from bench.engines import EngineProgram, find_engines
 from bench.measures import BLOCK, Streaming, Turns
 from bench.results import Results
+from bench.stored import write
 
 MEASURES = ("memory", "latency", "rate", "throughput", "interactive")
 """In this order: memory is that of a service which has not been under load yet."""
@@ -29,22 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench: containers of runc and crun need root: run 'sudo make bench'", file=sys.stderr)
         return 1
     begin = time.monotonic()
-    with open_arena(options.contestant or NAMES, options.runtime or list(RUNTIMES), _say) as arena:
-        results = measure(arena, options)
+    engines = [*find_engines(DOCKERD, options.dockerd), *find_engines(PODMAN, options.podman)]
+    with open_arena(options.contestant or NAMES, options.runtime or list(RUNTIMES), engines, _say) as arena:
+        results = measure(arena, engines, options)
         results.machine = {**results.machine, "load after": machine.load()}
         # Before everything is ended: what goes wrong with that must not cost the figures.
         print(results.report(), flush=True)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results.as_json(), indent=1) + "\n")
+        write(results, options.json)
     _say(f"took {time.monotonic() - begin:.0f} s; every sample is in {options.json}")
     return 1 if results.failures or not arena.contestants else 0
 
 
-def measure(arena: Arena, options: argparse.Namespace) -> Results:
+def measure(arena: Arena, engines: Sequence[EngineProgram], options: argparse.Namespace) -> Results:
     """Take every measure that is asked for of all contestants."""
     turns = Turns(_say)
     measures = options.only or MEASURES
-    results = Results(machine.describe(), machine.versions(), _plain(options), arena.absent, turns.failures)
+    results = Results(machine.describe(), machine.versions(engines), _plain(options), arena.absent, turns.failures)
     if "memory" in measures:
         results.memory = turns.memory(arena.served, options.sessions)
     if "latency" in measures:
@@ -68,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", choices=MEASURES, help="take only this measure (repeatable)")
     parser.add_argument("--contestant", action="append", choices=NAMES, help="measure only this one (repeatable)")
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="use only this runtime (repeatable)")
+    for name in (DOCKERD, PODMAN):
+        what = f"one more {name}, beside those on the PATH (repeatable)"
+        parser.add_argument(f"--{name}", action="append", type=_program, default=[], help=what, metavar="PROGRAM")
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds of rate and throughput (%(default)s)")
     parser.add_argument("--latency-rounds", type=_positive, default=100, help="rounds of latency (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one turn of rate (%(default)s)")
@@ -85,8 +91,16 @@ def _positive(text: str) -> int:
     return value
 
 
+def _program(text: str) -> Path:
+    if not os.access(text, os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text} is no program")
+    return Path(text)
+
+
 def _plain(options: argparse.Namespace) -> dict[str, object]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    """Return the options as JSON has them; where the samples go is none of their properties."""
+    plain = {name: value for name, value in vars(options).items() if name != "json"}
+    return plain | {name: [str(path) for path in plain[name]] for name in (DOCKERD, PODMAN)}
 
 
 def _say(text: str) -> None:

@@ -2,24 +2,22 @@
 
 import contextlib
 import subprocess
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bench.client import ApiError
 from bench.contestants import (
     CONMON_ALONE,
-    DOCKERD,
     EXECGATE,
-    PODMAN,
     RUNTIME_ALONE,
     ConmonAlone,
     Contestant,
     RuntimeAlone,
     Served,
 )
-from bench.engines import start_dockerd, start_podman
+from bench.engines import ENGINES, EngineProgram
 from bench.places import Place, temporary_place
 from bench.relay import SPLICE_ALONE, SpliceAlone
 from support.errors import HostError
@@ -27,7 +25,8 @@ from support.programs import find_program
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
 from support.service import Service
 
-NAMES = (RUNTIME_ALONE, CONMON_ALONE, SPLICE_ALONE, EXECGATE, DOCKERD, PODMAN)
+NAMES = (RUNTIME_ALONE, CONMON_ALONE, SPLICE_ALONE, EXECGATE, *ENGINES)
+"""Each of an engine's name stands for all that there are of it."""
 RUNTIMES: dict[str, Callable[[Path], RuntimeHost]] = {"runc": runc_host, "crun": crun_host}
 
 _FAILURES = (HostError, ApiError, OSError, subprocess.SubprocessError)
@@ -49,14 +48,17 @@ class Arena:
 
 
 @contextlib.contextmanager
-def open_arena(names: Collection[str], runtimes: Collection[str], say: Callable[[str], None]) -> Iterator[Arena]:
+def open_arena(
+    names: Collection[str], runtimes: Collection[str], engines: Sequence[EngineProgram], say: Callable[[str], None]
+) -> Iterator[Arena]:
     """Start what is asked for. What does not start is told in `absent`, and the rest goes on without it."""
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(temporary_place())
         arena = Arena()
         for runtime, make_host in RUNTIMES.items():
             if runtime in runtimes:
-                _open_runtime(arena, stack, home, make_host, runtime, names, say)
+                chosen = [engine for engine in engines if engine.kind in names]
+                _open_runtime(arena, stack, home, make_host, runtime, names, chosen, say)
         yield arena
 
 
@@ -67,6 +69,7 @@ def _open_runtime(
     make_host: Callable[[Path], RuntimeHost],
     runtime: str,
     names: Collection[str],
+    engines: Sequence[EngineProgram],
     say: Callable[[str], None],
 ) -> None:
     try:
@@ -74,7 +77,8 @@ def _open_runtime(
         stack.callback(host.close)
         container = host.run()
     except _FAILURES as error:
-        arena.absent |= {f"{name} ({runtime})": str(error) for name in NAMES if name in names}
+        selves = [name for name in NAMES if name in names and name not in ENGINES]
+        arena.absent |= {f"{n} ({runtime})": str(error) for n in [*selves, *(engine.name for engine in engines)]}
         return
     if SPLICE_ALONE in names:
         arena.relays.append(SpliceAlone(container))
@@ -82,12 +86,13 @@ def _open_runtime(
         RUNTIME_ALONE: lambda: RuntimeAlone(container),
         CONMON_ALONE: lambda: ConmonAlone(container, find_program("conmon"), home.make(f"conmon-{runtime}")),
         EXECGATE: lambda: _start_execgate(stack, home.make(f"eg-{runtime}"), container),
-        DOCKERD: lambda: _start_engine(stack, start_dockerd, home.make(f"dockerd-{runtime}"), host),
-        PODMAN: lambda: _start_engine(stack, start_podman, home.make(f"podman-{runtime}"), host),
     }
+    starts = {name: start for name, start in starts.items() if name in names}
+    for number, engine in enumerate(engines):
+        # The path of a socket is bounded, so a place has a number and not the engine's name.
+        place = f"{engine.kind}-{number}-{runtime}"
+        starts[engine.name] = partial(_start_engine, stack, engine, home, place, host)
     for name, start in starts.items():
-        if name not in names:
-            continue
         say(f"starting {name} ({runtime})")
         try:
             contestant = start()
@@ -109,11 +114,8 @@ def _start_execgate(stack: contextlib.ExitStack, place: Place, container: TestCo
 
 
 def _start_engine(
-    stack: contextlib.ExitStack,
-    start: Callable[[Place, RuntimeHost], AbstractContextManager[Served]],
-    place: Place,
-    host: RuntimeHost,
+    stack: contextlib.ExitStack, engine: EngineProgram, home: Place, place: str, host: RuntimeHost
 ) -> Served:
-    served = stack.enter_context(start(place, host))
+    served = stack.enter_context(engine.start(home.make(place), host))
     served.prove()
     return served

@@ -2,22 +2,25 @@
 
 import os
 import platform
-import subprocess
+import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import execgate
+from bench.engines import EngineProgram
 from bench.places import memory_file_system
 from support.errors import HostError
-from support.programs import find_program
+from support.programs import find_program, run_program, version_of
 
-_PROGRAMS = ("runc", "crun", "conmon", "dockerd", "podman")
+_PROGRAMS = ("runc", "crun", "conmon")
 _PACKAGES = ("aiohttp", "uvloop")
 
 
 def describe() -> dict[str, str]:
     """Return the machine's properties by name, in the order to show them."""
     return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "processors": f"{os.cpu_count()} x {_line_of('/proc/cpuinfo', 'model name')}",
         "memory": f"{int(_line_of('/proc/meminfo', 'MemTotal').split()[0]) // 1024} MiB",
         "kernel": platform.release(),
@@ -27,11 +30,14 @@ def describe() -> dict[str, str]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(engines: Iterable[EngineProgram]) -> dict[str, str]:
     """Return the versions of everything that takes part, as its own words or "none"."""
-    found = {"execgate": execgate.__version__, "python": platform.python_version()}
+    found = {"execgate": f"{execgate.__version__}{_commit()}", "python": platform.python_version()}
     found |= {name: _package(name) for name in _PACKAGES}
-    return found | {name: _program(name) for name in _PROGRAMS}
+    found |= {name: _program(name) for name in _PROGRAMS}
+    return found | {
+        one.name: f"{version_of(one.path)}, {one.path}" if one.path else _program(one.kind) for one in engines
+    }
 
 
 def load() -> str:
@@ -56,8 +62,15 @@ def _package(name: str) -> str:
 
 def _program(name: str) -> str:
     try:
-        program = find_program(name)
+        return version_of(find_program(name))
     except HostError:
         return "none"
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.partition("\n")[0].strip()
+
+
+def _commit() -> str:
+    """Return the commit that is measured, in parentheses; nothing where git knows of none."""
+    argv = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        return f" ({run_program(argv).strip()})"
+    except (HostError, OSError):
+        return ""

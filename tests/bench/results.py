@@ -11,6 +11,7 @@ from bench.interactive import Felt
 from bench.measures import Flow, IdleMemory
 from bench.stats import Samples, median, paired_difference, paired_ratio, percentile
 from bench.tables import number, ratio, table
+from bench.targets import Verdict
 
 _KIB = 1024
 
@@ -34,34 +35,33 @@ class Results:
 
     def as_json(self) -> dict[str, Any]:
         """Return all samples, and the figures drawn from them, as plain data."""
-        return asdict(self) | {"verdicts": self.verdicts()}
+        return asdict(self) | {"verdicts": [str(verdict) for verdict in self.verdicts()]}
 
-    def report(self) -> str:
+    def report(self, heading: str = "##") -> str:
         """Return the whole report as Markdown."""
         parts = [
-            _listing("Machine", self.machine),
-            _listing("Versions", self.versions),
-            _listing("Not measured", self.absent),
-            _listing("Failed", self.failures),
-            _section("Latency of one exec, ms", self._latency_table()),
-            _section("Execs per second, and ratio to the runtime alone", self._rate_table()),
-            _section("Throughput of one stream, and ratio to execgate", self._flow_table()),
-            _section("A key and a ping while another session streams, ms", self._interactive_table()),
-            _section("Memory, KiB PSS (RSS)", self._memory_table()),
-            _section("Targets", "\n".join(f"- {verdict}" for verdict in self.verdicts())),
+            ("Machine", _listing(self.machine)),
+            ("Versions", _listing(self.versions)),
+            ("Not measured", _listing(self.absent)),
+            ("Failed", _listing(self.failures)),
+            ("Latency of one exec, ms", self._latency_table()),
+            ("Execs per second, and ratio to the runtime alone", self._rate_table()),
+            ("Throughput of one stream, and ratio to execgate", self._flow_table()),
+            ("A key and a ping while another session streams, ms", self._interactive_table()),
+            ("Memory, KiB PSS (RSS)", self._memory_table()),
+            ("Targets", self._verdict_table()),
         ]
-        return "\n\n".join(part for part in parts if part)
+        return "\n\n".join(f"{heading} {title}\n\n{text}" for title, text in parts if text)
 
-    def verdicts(self) -> list[str]:
+    def verdicts(self) -> list[Verdict]:
         """Say of each target whether it is reached."""
-        found = [
+        return [
             *targets.latency(self.latency),
             *targets.rate(self.rate.get(targets.RATE_PARALLEL, {})),
             *targets.flow(self.stdout, self.stdin),
             *targets.interactive(self.interactive),
             *targets.memory(self.memory),
         ]
-        return [str(verdict) for verdict in found]
 
     def _latency_table(self) -> str:
         rows = []
@@ -121,6 +121,10 @@ class Results:
                     rows.append([name, *(f"{share.pss // _KIB} ({share.rss // _KIB})" for share in shares)])
         return table(header, rows) if rows else ""
 
+    def _verdict_table(self) -> str:
+        rows = [[one.target, one.found, one.word] for one in self.verdicts()]
+        return table(["target", "found", ""], rows) if rows else ""
+
 
 def _flow_cells(flows: Mapping[str, Sequence[Flow | None]], name: str) -> tuple[str, str]:
     own, reference = targets.speeds(flows.get(name, ())), targets.speeds(flows.get(targets.of(name, EXECGATE), ()))
@@ -146,9 +150,5 @@ def _ms(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1000)
 
 
-def _section(title: str, text: str) -> str:
-    return f"## {title}\n\n{text}" if text else ""
-
-
-def _listing(title: str, items: Mapping[str, str]) -> str:
-    return _section(title, "\n".join(f"- {name}: {value}" for name, value in items.items()))
+def _listing(items: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in items.items())

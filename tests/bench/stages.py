@@ -67,7 +67,7 @@ def main() -> int:
     print(f"{options.runtime}, load {machine.load()}")
     with (
         _own_cgroup() as cgroup,
-        open_arena([RUNTIME_ALONE, CONMON_ALONE, EXECGATE], [options.runtime], print) as arena,
+        open_arena([RUNTIME_ALONE, CONMON_ALONE, EXECGATE], [options.runtime], [], print) as arena,
     ):
         served = next(one for one in arena.contestants if isinstance(one, Served))
         status = read_status(served.socket.parent / "state")

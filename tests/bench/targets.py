@@ -36,8 +36,13 @@ class Verdict:
     found: str
     reached: bool
 
+    @property
+    def word(self) -> str:
+        """Return the verdict itself."""
+        return "reached" if self.reached else "NOT reached"
+
     def __str__(self) -> str:
-        return f"{self.target}: {self.found}, {'reached' if self.reached else 'NOT reached'}"
+        return f"{self.target}: {self.found}, {self.word}"
 
 
 def of(label: str, name: str, runtime: str | None = None) -> str:

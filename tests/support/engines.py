@@ -289,12 +289,23 @@ class _DockerLike(Engine):
 
 
 class Docker(_DockerLike):
-    """dockerd, with the containerd that it starts itself; `runtimes` are programs by name, beside its runc."""
+    """dockerd, with the containerd that it starts itself; `runtimes` are programs by name, beside its runc.
+
+    `program` is another dockerd than the host's; it takes the docker, the containerd and the shim of its own
+    directory, where there are any.
+    """
 
     name = "docker"
 
-    def __init__(self, disk: Path, memory: Path | None = None, runtimes: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        disk: Path,
+        memory: Path | None = None,
+        runtimes: Mapping[str, Path] | None = None,
+        program: Path | None = None,
+    ) -> None:
         super().__init__(disk, memory)
+        self._program = program
         # "runc" is dockerd's own name for the runc on the PATH, and cannot be given away.
         self._runtimes = {name: path for name, path in (runtimes or {}).items() if name != "runc"}
 
@@ -317,17 +328,24 @@ class Docker(_DockerLike):
     def environment(self) -> dict[str, str]:
         """See Engine."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
-        return kept | {"DOCKER_HOST": f"unix://{self.socket}", "DOCKER_CONFIG": str(self.disk / "client")}
+        kept |= {"DOCKER_HOST": f"unix://{self.socket}", "DOCKER_CONFIG": str(self.disk / "client")}
+        # Version 29.0 refuses what Debian 12's clients speak, unless it is told otherwise (moby/moby#51186).
+        kept["DOCKER_MIN_API_VERSION"] = "1.41"
+        if self._program is not None:
+            kept["PATH"] = f"{self._program.parent}:{kept.get('PATH', os.defpath)}"
+        return kept
 
     def argv(self, *arguments: str) -> list[str]:
         """See Engine."""
-        return [str(find_program("docker")), *arguments]
+        own = self._program.with_name("docker") if self._program is not None else None
+        return [str(own if own is not None and own.exists() else find_program("docker")), *arguments]
 
     def start(self) -> None:
         """See Engine."""
         configuration = self.disk / "daemon.json"
         configuration.write_text("{}\n")
-        argv = [str(find_program("dockerd")), f"--host=unix://{self.socket}", f"--config-file={configuration}"]
+        program = self._program or find_program("dockerd")
+        argv = [str(program), f"--host=unix://{self.socket}", f"--config-file={configuration}"]
         argv += [f"--data-root={self.data_root}", f"--exec-root={self.exec_root}", f"--pidfile={self.memory / 'pid'}"]
         argv += ["--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs"]
         argv += [f"--add-runtime={name}={path}" for name, path in self._runtimes.items()]
@@ -340,6 +358,7 @@ class Podman(_DockerLike):
     """podman: no daemon. `runtimes` are programs by name, the first one is the default.
 
     With `cgroups` off its containers get none of their own: crun in a cgroup2 view can set no device filter.
+    `program` is another podman than the host's.
     """
 
     name = "podman"
@@ -352,6 +371,7 @@ class Podman(_DockerLike):
         *,
         cgroups: bool = True,
         serve: bool = False,
+        program: Path | None = None,
     ) -> None:
         """With `serve`, `podman system service` listens on `socket` as well."""
         super().__init__(disk, memory)
@@ -359,6 +379,7 @@ class Podman(_DockerLike):
         """The programs of the runtimes by name."""
         self._cgroups = cgroups
         self._with_service = serve
+        self._program = program
 
     @property
     def socket(self) -> Path:
@@ -394,7 +415,7 @@ class Podman(_DockerLike):
 
     def argv(self, *arguments: str) -> list[str]:
         """See Engine."""
-        return [str(find_program("podman")), *arguments]
+        return [str(self._program or find_program("podman")), *arguments]
 
     def start(self) -> None:
         """See Engine."""

@@ -1,5 +1,6 @@
 """Programs of the host: found by name, run to their end, their failures told in their own words."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +22,16 @@ def find_program(name: str) -> Path:
     return Path(found)
 
 
+def find_every_program(name: str) -> list[Path]:
+    """Return all programs of a name, what `find_program` finds first; one that has two paths is there once."""
+    directories = f"{os.environ.get('PATH', os.defpath)}:{_ADMIN_DIRECTORIES}".split(":")
+    found: dict[str, Path] = {}
+    for directory in directories:
+        if path := shutil.which(name, path=directory):
+            found.setdefault(os.path.realpath(path), Path(path))
+    return list(found.values())
+
+
 def run_program(argv: Sequence[str | Path], *, timeout: float = 30) -> str:
     """Run a program without input and return its output; raise HostError with its own words when it fails.
 
@@ -31,6 +42,16 @@ def run_program(argv: Sequence[str | Path], *, timeout: float = 30) -> str:
     if done.returncode != 0:
         raise HostError(f"{_shown(argv)}: exit code {done.returncode}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
+
+
+def version_of(program: Path) -> str:
+    """Return the first line of what a program says to --version, "" when it says nothing."""
+    try:
+        done = subprocess.run([program, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              timeout=30, check=False)  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 def run_launcher(argv: Sequence[str | Path], log: Path, *, timeout: float = 30) -> None:
