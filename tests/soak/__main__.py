@@ -71,7 +71,7 @@ class Soak:
         """What the worker had in memory after so many pieces of work, in the last part that left it alone."""
         self._until = 0.0
         self._lock = threading.Lock()
-        self.watch = Watch(lambda: self.disturber.service, self.over)
+        self.watch = Watch(lambda: self.disturber.service, self.where.unrest, self.over)
 
     @property
     def service(self) -> Service:

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from soak.unrest import ANSWERS_WITHIN, pause
+from soak.unrest import ANSWERS_WITHIN, Unrest, pause
 from support.api import RawApi
 from support.leaks import descriptors, monitors
 from support.processes import children, processes_of
@@ -125,8 +125,9 @@ def resident(pid: int) -> int:
 class Watch:
     """Looks at the service every few seconds: it answers, is bounded in everything, and has no bug on its mind."""
 
-    def __init__(self, current: Callable[[], Service], until: Callable[[], bool]) -> None:
+    def __init__(self, current: Callable[[], Service], unrest: Unrest, until: Callable[[], bool]) -> None:
         self._current = current
+        self._unrest = unrest
         self._until = until
         self._read = 0
         self.slowest = 0.0
@@ -142,7 +143,8 @@ class Watch:
         """Look once. AssertionError."""
         service = self._current()
         begun = time.monotonic()
-        assert RawApi(service.socket).call("GET", "/_ping").status == 200
+        while not self._answers(service):
+            time.sleep(0.02)
         took = time.monotonic() - begun
         self.slowest = max(self.slowest, took)
         assert took < ANSWERS_WITHIN, f"/_ping took {took:.1f} s"
@@ -152,6 +154,17 @@ class Watch:
             with suppress(OSError):  # it was replaced meanwhile
                 self._bound(f"{role}'s descriptors", len(descriptors(pid)), DESCRIPTORS_MAX)
                 self._bound(f"{role}'s bytes", resident(pid), most)
+
+    def _answers(self, service: Service) -> bool:
+        """Ping; False when the answer was lost to a crash, and is to be asked for again. The time goes on."""
+        moment = self._unrest.now()
+        try:
+            assert RawApi(service.socket).call("GET", "/_ping").status == 200
+        except (ConnectionError, EOFError):
+            if not self._unrest.crashed_since(moment):
+                raise
+            return False
+        return True
 
     def _bound(self, what: str, found: int, most: int) -> None:
         self.most[what] = max(self.most[what], found)
