@@ -170,6 +170,7 @@ class LiveSession:
         self._attached: list[_Attached] = []
         self._handed = Handed()  # by an earlier service
         self._leaving = False
+        self._parted = False  # the process lives on, and what becomes of it is not ours to say
         self._adopted = False
         self._chores: set[asyncio.Task[Any]] = set()
         self._following: set[asyncio.Task[Any]] = set()  # those of them that serve clients of an earlier service
@@ -482,7 +483,7 @@ class LiveSession:
     def _left(self, departure: Departure | None) -> None:
         """One client fewer. What follows from the absence of the last one is the creator's choice."""
         self._clients -= 1
-        if departure is None:
+        if departure is None or self._parted:
             return
         log.debug("exec %s lost a client: %s", self.session.id[:12], departure.value)
         if departure is Departure.DETACHED:
@@ -533,6 +534,7 @@ class LiveSession:
 
     def _let_go(self, client: AttachedClient | None) -> None:
         """Part from a process that may live on."""
+        self._parted = True
         self._over(self)
         self._settle()
         self._execution().leave()
