@@ -59,18 +59,24 @@ class Ahead(Generic[_T]):
         self._begun[session_id] = _Begun(request, task, timer)
 
     async def take(self, request: ExecRequest) -> _T | None:
-        """Return what was begun for this start; None when that was nothing, or nothing of use."""
+        """Return what was begun for this start; None when that was nothing, or nothing of use.
+
+        If this is cancelled, it is ended.
+        """
         begun = self._begun.pop(request.session_id, None)
         if begun is None:
             return None
         begun.timer.cancel()
         if not begun.suits(request):
-            await self._end(begun)
+            await asyncio.shield(self._end_soon(begun))
             return None
         try:
-            return await begun.task
+            return await asyncio.shield(begun.task)  # a cancel that came just behind its end would lose what was made
         except ExecgateError:  # that was then: it may be possible now
             return None
+        except asyncio.CancelledError:
+            await asyncio.shield(self._end_soon(begun))
+            raise
 
     async def close(self) -> None:
         """End all that wait, and begin no more."""
@@ -85,9 +91,13 @@ class Ahead(Generic[_T]):
     def _drop(self, session_id: SessionId) -> None:
         begun = self._begun.pop(session_id)
         begun.timer.cancel()
+        self._end_soon(begun)
+
+    def _end_soon(self, begun: _Begun[_T]) -> "asyncio.Task[None]":
         task = asyncio.ensure_future(self._end(begun))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+        return task
 
     async def _end(self, begun: _Begun[_T]) -> None:
         with contextlib.suppress(ExecgateError):  # nothing came of it
