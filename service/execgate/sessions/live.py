@@ -197,9 +197,7 @@ class LiveSession:
             self.started = True
             self._settle()
             self.task = asyncio.create_task(self._attend(first), name=f"adopted exec {self.session.id[:12]}")
-        for one in self._handed.attachments:
-            if not one.first:
-                self._do(self._follow_again(one), self._following)
+        self.follow_again(self._handed.attachments)
         if not self._handed.attachments and self.session.config.on_disconnect is OnDisconnect.DOCKER:
             self._timers.append(asyncio.get_running_loop().call_later(_REATTACH_GRACE, self._nobody_came))
 
@@ -208,18 +206,31 @@ class LiveSession:
         self._leaving = True
         self.stdin.freeze()
         tasks = [task for task in (self.task, *(self._chores - self._following)) if task is not None]
-        served: list[asyncio.Future[Any]] = [task for one in self._attached for task in (one.forwarding, one.feeding)]
-        for task in (*tasks, *served):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *served, return_exceptions=True)
+        watchers, *_ = await asyncio.gather(self.hand_over_watchers(), *tasks, return_exceptions=True)
+        assert isinstance(watchers, list)
         for timer in self._timers:
             timer.cancel()
         return Handed(
-            attachments=[*self._first_attachment(), *map(_attachment, self._attached)],
+            attachments=[*self._first_attachment(), *watchers],
             transferred=self.transferred,
             timed_out=self._timed_out,
             stdin_ended=self.started and not self.stdin.open,
         )
+
+    async def hand_over_watchers(self) -> list[Attachment]:
+        """Stop serving those who attached later, and return where they stand; the session itself may be over."""
+        self._leaving = True
+        served: list[asyncio.Future[Any]] = [task for one in self._attached for task in (one.forwarding, one.feeding)]
+        await _end_all(*served)
+        return [*map(_attachment, self._attached)]
+
+    def follow_again(self, watchers: Sequence[Attachment]) -> None:
+        """Go on with watchers of an earlier service."""
+        for one in watchers:
+            if not one.first:
+                self._do(self._follow_again(one), self._following)
 
     def _first_attachment(self) -> list[Attachment]:
         if self._first is None:
@@ -249,6 +260,11 @@ class LiveSession:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- what is asked of it -----------------------------------------------------------------------------------------
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody who attached later is still served."""
+        return bool(self._attached)
 
     @property
     def transferred(self) -> ByteCounts:
