@@ -119,7 +119,8 @@ def take(link: KeeperLink, streams: OpenStreams) -> Handover | None:
             if (known := parse_session_id(session_id)) is not None:
                 found.sessions[known] = _restored(fields, fds, streams, collectors.get(known))
         for fields in document["farewells"]:
-            _stream(fields, fds, streams)
+            if fields["state"]["finished"]:  # else nobody would ever end it
+                _stream(fields, fds, streams)
         found.events = [Event(**fields) for fields in document["events"]]
         found.next_event = document["next_event"]
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.api import RawApi
-from support.faults import faulty_runtime
+from support.api import OUTPUT, RawApi
+from support.faults import faulty_runtime, fifo
 from support.raw import Answer, Connection, request_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
@@ -100,6 +100,32 @@ def test_runs_under_reloads(new_service: NewService, runc_container: TestContain
     log.unlink()
     assert len(lines) == len(expected)
     assert set(lines) == expected
+    service.assert_clean_log()
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_output_of_a_session_that_is_over(
+    new_service: NewService, runc_container: TestContainer, captured: bool
+) -> None:
+    """Whoever still reads it, from what was captured or from what is remembered for him, reads it to its end."""
+    service = new_service()
+    api = RawApi(service.socket)
+    size = 5_000_000 if captured else 700_000  # more than the connection takes, and no more than is remembered
+    with fifo(runc_container, "over") as go:
+        script = f"read line </tmp/over; head -c {size} /dev/zero"
+        session = api.create(
+            runc_container.id, "sh", "-c", script, CaptureStdout=captured, OnDisconnect="keep", **OUTPUT
+        )
+        assert api.start_detached(session).status == 200
+        with api.reattach(session) as stream, api.reattach(session) as other:
+            go()
+            api.wait_stopped(session)
+            replay = api.reattach(session, after=0) if captured else other
+            service.reload()
+            service.reload()
+            for one in (stream, other, replay) if captured else (stream, other):
+                with one:
+                    assert one.output() == (bytes(size), b"")
     service.assert_clean_log()
 
 

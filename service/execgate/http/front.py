@@ -89,7 +89,7 @@ class FrontProtocol(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._left: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
-        self._request = bytearray()  # the one that is being answered, if it is one that could be asked again
+        self._request = bytearray()  # the last one that arrived, if it could be asked again, until it has its answer
         self._repeatable = False
         self._frozen = False
         self._patient = False
@@ -124,10 +124,10 @@ class FrontProtocol(asyncio.Protocol):
         """
         self._outstanding -= 1
         asyncio.get_running_loop().call_soon(self._told, self)
-        self._request.clear()
         self._forget_progress()
         if self._outstanding:  # a start request is always the last: this was one before it
             return False
+        self._request.clear()
         if self._arriving and self._hijackable:  # refused before its body was here
             return True
         held, self._held = self._held, None

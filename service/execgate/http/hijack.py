@@ -33,7 +33,7 @@ from execgate.http.dialects import dialect_named
 from execgate.http.hang_ups import HangUps, hung_up
 from execgate.http.parking import Parking
 from execgate.runtime.readiness import ReadWaiter, WriteWaiter
-from execgate.runtime.streams import SPLICE_MIN, Unspliceable, Waiting, buffered
+from execgate.runtime.streams import SPLICE_MIN, OutputGone, Unspliceable, Waiting, buffered
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
 
@@ -226,17 +226,18 @@ class HijackedStream:
         `receive` and `wait_closed` wait until they are cancelled, or the session parts from the stream with `abandon`.
         Where the session is done with it already, nobody but the HTTP request waits, and is let go.
 
-        None when there is nothing to hand over: the client is gone, it was done before, or answers to earlier requests
-        are still in the transport's own buffer, where nobody can take them out; in that case the stream goes on.
+        None when there is nothing to hand over: the client is gone, or what it was promised; it was done before; or
+        answers to earlier requests are still in the transport's own buffer, where nobody can take them out; in that
+        case the stream goes on.
         """
         if self._gone or self._handed_over or (self._parking is not None and not self._parking.empty):
             return None
         head = len(self._head) if self._opening is not None and not self._opening.done() else None
         try:
             unsent = self._head.take() + self._output.take()
-        except OSError:  # promised output is gone, which is a bug of whoever promised it: the client must not go on
+        except OutputGone:  # its frame cannot be completed
             self._close()
-            raise
+            return None
         state = StreamState(
             dialect=self._dialect.name,
             multiplexed=self._multiplexed,
@@ -302,7 +303,7 @@ class HijackedStream:
                     continue
                 except BlockingIOError:
                     pass
-                except OSError as error:  # EPIPE, ECONNRESET
+                except OSError as error:  # EPIPE, ECONNRESET; OutputGone: no frame could follow
                     self._lose()
                     raise ClientGone from error
                 await self._writable.wait()
@@ -450,7 +451,7 @@ class _Outgoing:
         self.accepted += waiting.left
 
     def send(self, connection: socket.socket) -> None:
-        """Put on the wire what it takes now. BlockingIOError, OSError."""
+        """Put on the wire what it takes now. BlockingIOError, another OSError at an end."""
         first = self._pieces[0]
         if isinstance(first, Waiting):
             self._splice(first, connection)
@@ -467,7 +468,7 @@ class _Outgoing:
             sent -= len(piece)
 
     def take(self) -> bytes:
-        """Take out what is not on the wire, from the pipes too. OSError, if it is not there."""
+        """Take out what is not on the wire, from the pipes too. OutputGone."""
         rest = b"".join(piece.read() if isinstance(piece, Waiting) else piece for piece in self._pieces)
         self._pieces.clear()
         self.written = self.accepted

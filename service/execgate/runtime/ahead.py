@@ -61,7 +61,8 @@ class Ahead(Generic[_T]):
     async def take(self, request: ExecRequest) -> _T | None:
         """Return what was begun for this start; None when that was nothing, or nothing of use.
 
-        In that case nothing is left of it: the start has to make another one in the same place.
+        In that case nothing is left of it: the start has to make another one in the same place. If this is cancelled,
+        it is ended.
         """
         begun = self._begun.get(request.session_id)
         if begun is not None and not begun.suits(request):
@@ -74,9 +75,12 @@ class Ahead(Generic[_T]):
         del self._begun[request.session_id]
         begun.timer.cancel()
         try:
-            return await begun.task
+            return await asyncio.shield(begun.task)  # a cancel that came just behind its end would lose what was made
         except ExecgateError:  # that was then: it may be possible now
             return None
+        except asyncio.CancelledError:
+            await asyncio.wait([self._end_soon(request.session_id, begun)])
+            raise
 
     async def close(self) -> None:
         """End all that wait, and begin no more."""
@@ -91,8 +95,12 @@ class Ahead(Generic[_T]):
     def _drop(self, session_id: SessionId) -> None:
         begun = self._begun.pop(session_id)
         begun.timer.cancel()
+        self._end_soon(session_id, begun)
+
+    def _end_soon(self, session_id: SessionId, begun: _Begun[_T]) -> "asyncio.Task[None]":
         task = self._ending[session_id] = asyncio.ensure_future(self._end(begun))
         task.add_done_callback(lambda _: self._ending.pop(session_id))
+        return task
 
     async def _end(self, begun: _Begun[_T]) -> None:
         with contextlib.suppress(ExecgateError):  # nothing came of it

@@ -72,6 +72,10 @@ Recorders = Mapping[int, Recorder]
 UNRECORDED: Recorders = MappingProxyType({})
 
 
+class OutputGone(OSError):
+    """Output that waited in its pipe is gone. Whoever may write to a pipe can open it and read it back (proc(5))."""
+
+
 class Unspliceable(Exception):
     """The kernel does not move these bytes; they are where they were, and have to be copied."""
 
@@ -99,14 +103,15 @@ class Waiting:
     def splice(self, target: int) -> int:
         """Move what `target` takes now, and return how much that is: at least a byte.
 
-        BlockingIOError when it takes none, Unspliceable when it never will, another OSError when it is at its end.
+        BlockingIOError when it takes none, Unspliceable when it never will, OutputGone when there is nothing to be
+        moved, another OSError when the target is at its end.
         """
         moved = self._output.splice(target, self.left)
         self.left -= moved
         return moved
 
     def read(self) -> bytes:
-        """Copy all of it out."""
+        """Copy all of it out. OutputGone."""
         data = self._output.take(self.left)
         self.left = 0
         return data
@@ -230,23 +235,30 @@ class PipeOutput:
         """See `Waiting.splice`."""
         try:
             moved = os.splice(self._pipe.fileno(), target, size, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            if not buffered(self._pipe.fileno()):  # it is not the target that one would have to wait for
+                raise OutputGone from None
+            raise
         except OSError as error:
             if error.errno in _REFUSALS:
                 self._spliceable = False
                 raise Unspliceable from error
             raise
         if not moved:
-            raise OSError(errno.EIO, "output that was there is gone")
+            raise OutputGone
         self._passed(moved)
         return moved
 
     def take(self, size: int) -> bytes:
-        """Read `size` bytes that are there. OSError, if they are not."""
+        """Read `size` bytes that are there. OutputGone, if they are not."""
         pieces = []
         while size:
-            pieces.append(os.read(self._pipe.fileno(), size))
+            try:
+                pieces.append(os.read(self._pipe.fileno(), size))
+            except BlockingIOError:
+                raise OutputGone from None
             if not pieces[-1]:
-                raise OSError(errno.EIO, "output that was there is gone")
+                raise OutputGone
             size -= len(pieces[-1])
             self._passed(len(pieces[-1]))
         return b"".join(pieces)

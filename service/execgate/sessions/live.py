@@ -172,6 +172,7 @@ class LiveSession:
         self._attached: list[_Attached] = []
         self._handed = Handed()  # by an earlier service
         self._leaving = False
+        self._parted = False  # the process lives on, and what becomes of it is not ours to say
         self._adopted = False
         self._chores: set[asyncio.Task[Any]] = set()
         self._following: set[asyncio.Task[Any]] = set()  # those of them that serve clients of an earlier service
@@ -198,9 +199,7 @@ class LiveSession:
             self.started = True
             self._settle()
             self.task = asyncio.create_task(self._attend(first), name=f"adopted exec {self.session.id[:12]}")
-        for one in self._handed.attachments:
-            if not one.first:
-                self._do(self._follow_again(one), self._following)
+        self.follow_again(self._handed.attachments)
         stays_open = self.session.config.on_disconnect is OnDisconnect.DOCKER
         if not self._handed.attachments and (stays_open or self.session.attended):
             self._timers.append(asyncio.get_running_loop().call_later(_REATTACH_GRACE, self._nobody_came))
@@ -210,18 +209,31 @@ class LiveSession:
         self._leaving = True
         self.stdin.freeze()
         tasks = [task for task in (self.task, *(self._chores - self._following)) if task is not None]
-        served: list[asyncio.Future[Any]] = [task for one in self._attached for task in (one.forwarding, one.feeding)]
-        for task in (*tasks, *served):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *served, return_exceptions=True)
+        watchers, *_ = await asyncio.gather(self.hand_over_watchers(), *tasks, return_exceptions=True)
+        assert isinstance(watchers, list)
         for timer in self._timers:
             timer.cancel()
         return Handed(
-            attachments=[*self._first_attachment(), *map(_attachment, self._attached)],
+            attachments=[*self._first_attachment(), *watchers],
             transferred=self.transferred,
             timed_out=self._timed_out,
             stdin_ended=self.started and not self.stdin.open,
         )
+
+    async def hand_over_watchers(self) -> list[Attachment]:
+        """Stop serving those who attached later, and return where they stand; the session itself may be over."""
+        self._leaving = True
+        served: list[asyncio.Future[Any]] = [task for one in self._attached for task in (one.forwarding, one.feeding)]
+        await _end_all(*served)
+        return [*map(_attachment, self._attached)]
+
+    def follow_again(self, watchers: Sequence[Attachment]) -> None:
+        """Go on with watchers of an earlier service."""
+        for one in watchers:
+            if not one.first:
+                self._do(self._follow_again(one), self._following)
 
     def _first_attachment(self) -> list[Attachment]:
         if self._first is None:
@@ -251,6 +263,11 @@ class LiveSession:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- what is asked of it -----------------------------------------------------------------------------------------
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody who attached later is still served."""
+        return bool(self._attached)
 
     @property
     def transferred(self) -> ByteCounts:
@@ -487,7 +504,7 @@ class LiveSession:
     def _left(self, departure: Departure | None) -> None:
         """One client fewer. What follows from the absence of the last one is the creator's choice."""
         self._clients -= 1
-        if departure is None:
+        if departure is None or self._parted:
             return
         log.debug("exec %s lost a client: %s", self.session.id[:12], departure.value)
         if departure is Departure.DETACHED:
@@ -547,6 +564,7 @@ class LiveSession:
 
     def _let_go(self, client: AttachedClient | None) -> None:
         """Part from a process that may live on."""
+        self._parted = True
         self._over(self)
         self._settle()
         self._execution().leave()

@@ -20,6 +20,7 @@ import os
 import shutil
 import signal as signals
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,7 @@ class SessionManager:
         self._gate = StartGate(limits.parallel_starts, limits.queued_starts)
         self._live: dict[SessionId, LiveSession] = {}
         self._ending: set[LiveSession] = set()  # over, and on record as such, but not cleared up yet
+        self._watched: weakref.WeakSet[LiveSession] = weakref.WeakSet()  # anybody attached to them later; may be over
         self._backlogs: dict[SessionId, CaptureBacklog] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
         self._preparing: dict[SessionId, asyncio.Future[None]] = {}  # whose start is not on record yet
@@ -324,7 +326,8 @@ class SessionManager:
             client = await take_over(offset)
             live = self._live.get(session.id)
             if live is None:
-                live = LiveSession(session, self._ledger, backlog, drain=0, grace=0, over=lambda _: None)
+                live = self._known_only(session, backlog)
+            self._watched.add(live)
             await live.attach(client, offset, stdin=stdin, wanted=wanted)
             await client.wait_closed()
 
@@ -420,6 +423,9 @@ class SessionManager:
             execution = self._runtime.adopt(session)
             live = self._new_live(self._known_to_run(session, execution), backlog)
             live.adopt(execution, before.live if before is not None else None)
+            self._watched.add(live)
+        for session_id in handed.keys() - self._live.keys():
+            await self._follow_again(session_id, handed[session_id])
         self._clear_away()
         self._remove_strays()
         return len(adopted)
@@ -433,12 +439,13 @@ class SessionManager:
         handed = await asyncio.gather(*[live.hand_over() for live in lives])
         if ending:
             await asyncio.wait(ending, timeout=_END_GRACE)
-        return {
-            live.session.id: HandedSession(
-                one, live.backlog.remembered() if isinstance(live.backlog, MemoryBacklog) else Remembered()
-            )
-            for live, one in zip(lives, handed, strict=True)
-        }
+        told = {live.session.id: _handed(live, one) for live, one in zip(lives, handed, strict=True)}
+        for live in set(self._watched) - set(lives):  # over, and still read
+            watchers = await live.hand_over_watchers()
+            if (other := told.get(live.session.id)) is not None:  # the same capture
+                watchers += other.live.attachments
+            told[live.session.id] = _handed(live, Handed(attachments=watchers))
+        return told
 
     def ends(self) -> Sequence[Event]:
         """Return the events of the ends on record, oldest first, for a service that nobody has handed any events."""
@@ -458,7 +465,7 @@ class SessionManager:
         """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
         await self.settle()
         await self._runtime.close()
-        await asyncio.gather(*[live.close() for live in list(self._live.values())])
+        await asyncio.gather(*[live.close() for live in {*self._live.values(), *self._watched} - self._ending])
         ending = {live.task for live in self._ending if live.task is not None}
         if ending:
             await asyncio.wait(ending, timeout=_END_GRACE)
@@ -659,6 +666,25 @@ class SessionManager:
         )
         return live
 
+    def _known_only(self, session: ExecSession, backlog: Backlog) -> LiveSession:
+        """Return a session that is over, for those who read what it has written."""
+        return LiveSession(session, self._ledger, backlog, drain=0, grace=0, over=lambda _: None)
+
+    async def _follow_again(self, session_id: SessionId, before: HandedSession) -> None:
+        """Go on with those who read what a session that is over has written."""
+        session = self._ledger.get(session_id)
+        if session is None:  # removed while they read
+            for one in before.live.attachments:
+                one.client.abandon()
+            return
+        backlog = await self._captured(session) if session.config.captured else MemoryBacklog()
+        if isinstance(backlog, MemoryBacklog):
+            backlog.restore(before.output)
+        backlog.finish()
+        live = self._known_only(session, backlog)
+        live.follow_again(before.live.attachments)
+        self._watched.add(live)
+
     def _new_backlog(self, session: ExecSession) -> Backlog:
         if not session.config.captured:
             return MemoryBacklog()
@@ -715,6 +741,11 @@ class SessionManager:
             self._backlogs.pop(session_id, None)
             shutil.rmtree(self._capture_path(session_id), ignore_errors=True)
         return len(gone)
+
+
+def _handed(live: LiveSession, stands: Handed) -> HandedSession:
+    backlog = live.backlog
+    return HandedSession(stands, backlog.remembered() if isinstance(backlog, MemoryBacklog) else Remembered())
 
 
 def running(container: Container) -> Container:

@@ -29,6 +29,7 @@ from execgate.runtime.streams import (
     Input,
     InputClosed,
     Output,
+    OutputGone,
     Recorders,
     Waiting,
 )
@@ -247,7 +248,8 @@ class Pump:
                 await self._conduit.send_waiting(waiting)
         except ClientGone:
             self._lose()
-        waiting.read()  # what has become nobody's
+        with contextlib.suppress(OutputGone):
+            waiting.read()  # what has become nobody's
 
     @property
     def _alone(self) -> bool:

@@ -282,3 +282,16 @@ async def test_a_client_that_has_ended_its_side_is_handed_over_too(site: Site, t
         assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
         assert await read(reader, 4) == b"over"
     site.starts.over.set()
+
+
+async def test_a_request_behind_another_is_asked_again_whole(site: Site) -> None:
+    """It is kept from its first byte on, also while the one before it is being answered."""
+    reader, _ = await site.connect(PING + WAIT)
+    assert (await read_head(reader)).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert await read(reader, 2) == b"OK"
+    await asyncio.wait_for(site.starts.waiting.wait(), SOON)
+    await site.server.quiesce()
+    ((fd, read_before, _),) = site.server.hand_over()
+    os.close(fd)
+    assert read_before == WAIT
+    site.starts.over.set()

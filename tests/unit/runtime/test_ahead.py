@@ -144,16 +144,23 @@ async def test_there_are_few_and_none_after_the_end() -> None:
     assert await shop.ahead.take(requests[-1]) is None
 
 
-async def test_a_start_that_is_cancelled_ends_what_is_being_made() -> None:
+@pytest.mark.parametrize("made", [False, True], ids=["before it is made", "in the moment when it is"])
+@pytest.mark.parametrize("suits", [True, False])
+async def test_a_start_that_is_cancelled_ends_what_is_made(made: bool, suits: bool) -> None:
     shop = Workshop()
     shop.free.clear()
     request = new_request()
     shop.ahead.begin(request)
-    taking = asyncio.create_task(shop.ahead.take(request))
+    taking = asyncio.create_task(shop.ahead.take(request if suits else replace(request, stdout=False)))
     await asyncio.sleep(0)
+    if made:
+        shop.free.set()
+        while not shop.made:
+            await asyncio.sleep(0)
     taking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await taking
+    await asyncio.sleep(0)
     shop.free.set()
-    await asyncio.sleep(0.01)
-    assert shop.made == []
+    await asyncio.gather(taking, return_exceptions=True)
+    assert taking.cancelled()
+    await shop.ahead.close()
+    assert (len(shop.made), shop.undone) == (1, [1])

@@ -542,6 +542,22 @@ async def test_closed_while_it_runs(stage: Stage) -> None:
     assert stage.over == [live]
 
 
+@pytest.mark.parametrize("policy", [OnDisconnect.HUP, OnDisconnect.KILL])
+async def test_a_watcher_that_goes_with_the_service(stage: Stage, policy: OnDisconnect) -> None:
+    """It was the last client, and the process lives on all the same: it is the service that leaves."""
+    first, watcher = FakeClient(), FakeClient()
+    live, execution, tree = await stage.running(first, on_disconnect=policy)
+    watching = asyncio.create_task(live.attach(watcher, 0, stdin=True, wanted=BOTH))
+    await turns()
+    first.go()
+    await turns()
+    await asyncio.wait_for(live.close(), SOON)
+    watcher.go()
+    await asyncio.wait_for(watching, SOON)
+    await turns()
+    assert (execution.said, tree.got) == (["leave"], [])
+
+
 async def test_a_disposal_that_fails_is_no_lost_exception(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     live, execution, _ = await stage.running(None)
 

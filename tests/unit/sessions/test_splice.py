@@ -16,7 +16,7 @@ from execgate.http.hijack import HijackedStream, OpenStreams, StreamState
 from execgate.http.takeover import restore
 from execgate.model.session import ExitSource, ExitStatus
 from execgate.runtime.readiness import Descriptor
-from execgate.runtime.streams import BULK_PIPE_SIZE, ExecStreams, PipeInput, PipeOutput
+from execgate.runtime.streams import BULK_PIPE_SIZE, ExecStreams, PipeInput, PipeOutput, buffered
 from execgate.sessions.backlog import MemoryBacklog
 from execgate.sessions.pump import Departure, Feeder, Pump, Stdin
 from execgate.wire.stdcopy import STDERR, STDOUT, Demultiplexer
@@ -411,3 +411,40 @@ async def test_promised_output_is_taken_along(spliced: Spliced) -> None:
         await writing
         await one.end()
         assert outputs(await reading)[STDOUT] == bulk(13)
+
+
+async def read_back(one: Session) -> None:
+    """Write much, and take out of the pipe all that the client has not got, as a process can do with its own pipe."""
+    thief = os.open(f"/proc/self/fd/{one.process[STDOUT]}", os.O_RDONLY | os.O_NONBLOCK)
+    writing = asyncio.create_task(in_thread(write_all, one.process[STDOUT], bulk(14)))
+    while "unsent=0" in repr(one.client):
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    taken = 0
+    while not writing.done() or buffered(thief):
+        with contextlib.suppress(BlockingIOError):
+            taken += len(os.read(thief, 1 << 20))
+        await asyncio.sleep(0)
+    os.close(thief)
+    assert taken
+
+
+async def test_a_process_that_reads_its_own_output(spliced: Spliced) -> None:
+    """What was promised to its client does not come: that costs this client its stream, and nobody else anything."""
+    async with session() as one:
+        await read_back(one)
+        await in_thread(read_all, one.peer)
+        assert one.departed == [Departure.GONE]
+        await in_thread(write_all, one.process[STDOUT], bulk(15))  # the process goes on
+        await one.end()
+        assert spliced.calls < 1000
+
+
+async def test_a_process_that_reads_its_own_output_before_a_reload(spliced: Spliced) -> None:
+    """All other connections are handed over."""
+    async with session() as one:
+        await read_back(one)
+        one.task.cancel()
+        await asyncio.gather(one.task, return_exceptions=True)
+        assert one.client.hand_over() is None
+        assert await asyncio.wait_for(in_thread(read_all, one.peer), SOON)
