@@ -553,13 +553,16 @@ class SessionManager:
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
                 raise _already_started(session)
+            asked_before = self._early_sizes.get(session.id)
             request = self._request(session, container, size, attach=attach, preserved=preserved)
             begun: LiveSession | None = None
 
             def intend() -> str:
                 nonlocal begun
                 begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
-                self._early_sizes.pop(session.id, None)
+                asked = self._early_sizes.pop(session.id, None)
+                if asked is not None and asked is not asked_before:  # while the monitor was spawned
+                    begun.resize(asked)
                 intended()
                 settled()
                 return self._store.text_of(session.id)

@@ -326,6 +326,20 @@ async def test_of_many_starts_one_wins(world: World, way: str) -> None:
     assert world.said.count("prepare") == 1
 
 
+async def test_a_size_that_comes_while_a_start_is_prepared(world: World) -> None:
+    """It is later than what the start was asked for with, and reaches the terminal."""
+    session = await world.create(tty=True)
+    world.runtime.spawned.clear()
+    starting = asyncio.create_task(world.manager.start_detached(session.id, ConsoleSize(height=1, width=2)))
+    await asyncio.sleep(0)
+    await world.manager.resize(session.id, SIZE)
+    world.runtime.spawned.set()
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await asyncio.wait_for(starting, SOON)
+    assert world.runtime.executions[0].sizes == [SIZE]
+
+
 async def test_started_twice(world: World) -> None:
     session = await world.create()
     task = asyncio.create_task(world.manager.start_detached(session.id))
