@@ -400,6 +400,7 @@ async def test_a_runtime_that_refuses_an_attached_start(world: World) -> None:
     await world.wait_for("start")
     world.runtime.executions[0].started.set_exception(StartFailed("no such file", 127))
     await asyncio.wait_for(task, SOON)
+    await world.wait_for("finish")
     assert world.clients[0].messages == ["no such file"]
     assert world.said == ["starting", "prepare", "head", "start", "stopped", "finish"]
     assert world.manager.inspect(session.id).exit == ExitStatus(127, ExitSource.START_FAILURE)
