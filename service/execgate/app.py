@@ -92,14 +92,14 @@ def _come_first() -> None:
     One thread serves all sessions, and each of them is a handful of processes. On a busy machine a fair share of the
     processors would be too little for it, and all of them would wait.
     """
-    if os.getpriority(os.PRIO_PROCESS, 0) or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return  # somebody has chosen another one
     try:
+        if os.getpriority(os.PRIO_PROCESS, 0) or os.sched_getscheduler(0) != os.SCHED_OTHER:
+            return  # somebody has chosen another one
         # sched(7): with this flag no child gets a higher priority than 0.
         os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, 0, _NICE)
-    except PermissionError:
-        log.debug("without CAP_SYS_NICE the service has the usual priority")
+    except OSError as error:  # no CAP_SYS_NICE, a seccomp filter, or a libc or kernel that has no such call
+        log.debug("the service has the usual priority: %s", error)
 
 
 async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink) -> None:

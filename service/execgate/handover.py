@@ -111,6 +111,7 @@ def take(link: KeeperLink, streams: OpenStreams) -> Handover | None:
         found.connections = [
             Connection(fds.pop(one["fd"]), one["read"], _progress_of(one["progress"]))
             for one in document["connections"]
+            if one["fd"] in fds
         ]
         collectors = {
             one.progress.session_id: one.progress.collector for one in found.connections if one.progress is not None
@@ -205,8 +206,16 @@ def _progress_of(fields: dict[str, Any] | None) -> Progress | None:
     )
 
 
-def _stream(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HijackedStream:
-    return restore(fds.pop(fields["fd"]), StreamState(**fields["state"]), streams)
+def _stream(fields: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> HijackedStream | None:
+    """Return a stream; None, and the client is gone, when somebody on the way had no room for it."""
+    state = StreamState(**fields["state"])
+    if (fd := fds.pop(fields["fd"], None)) is None:
+        return None
+    try:
+        return restore(fd, state, streams)
+    except OSError as error:
+        log.warning("a client's connection is lost: %s", error)
+        return None
 
 
 def _encoded(value: object) -> object:

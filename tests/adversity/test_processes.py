@@ -78,6 +78,26 @@ def test_conmon_killed(api: RawApi, container: TestContainer, only_monitor: Call
 
 
 @pytest.mark.parametrize("tty", [False, True], ids=["pipes", "tty"])
+def test_conmon_killed_before_the_start(
+    api: RawApi, service: Service, runc_container: TestContainer, unharmed: None, tty: bool
+) -> None:
+    """The one that waits for the start is none any more: the start gets another."""
+    before = monitors(service.state_dir)
+    session = api.create(runc_container.id, "sh", "-c", "exit 7", Tty=tty, **OUTPUT)
+    deadline = time.monotonic() + PROMPT
+    while not (waiting := monitors(service.state_dir) - before):
+        assert time.monotonic() < deadline
+        session = api.create(runc_container.id, "sh", "-c", "exit 7", Tty=tty, **OUTPUT)
+    for pid in waiting:
+        os.kill(pid, signal.SIGKILL)
+    while monitors(service.state_dir) & waiting:
+        assert time.monotonic() < deadline
+    with api.attach(session, tty=tty) as stream:
+        assert stream.finish() == (b"", b"")
+    assert api.wait_stopped(session)["ExitCode"] == 7
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["pipes", "tty"])
 def test_conmon_stopped_for_a_while(
     api: RawApi, container: TestContainer, only_monitor: Callable[[], int], tty: bool
 ) -> None:

@@ -212,7 +212,7 @@ class FrontProtocol(asyncio.Protocol):
 
         A request that is being answered is the first of them if asking again does no harm: nothing has happened yet,
         or its progress tells what. None when the connection cannot be handed over: it is at its end, or in the midst
-        of an answer.
+        of an answer, or there is no descriptor left.
         """
         transport = self._transport
         if transport is None or not self._ours or self._refused or (self._eof and not self._outstanding):
@@ -221,7 +221,12 @@ class FrontProtocol(asyncio.Protocol):
             return None
         rest = bytes(self._held) if self._held is not None else self._splitter.take_rest()
         progress = self.progress() if self._outstanding else None
-        return os.dup(transport.get_extra_info("socket").fileno()), bytes(self._request) + rest, progress
+        try:
+            fd = os.dup(transport.get_extra_info("socket").fileno())
+        except OSError as error:
+            log.warning("a client's connection is lost: %s", error)
+            return None
+        return fd, bytes(self._request) + rest, progress
 
     @property
     def _ours(self) -> bool:

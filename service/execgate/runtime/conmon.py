@@ -111,7 +111,7 @@ class ConmonRuntime:
         is written after it. A service that dies in between leaves a conmon whose runtime finds no process. It returns
         the session's record, which is kept beside the process: see `records`.
         """
-        execution = await self._ahead.take(request) or await self._spawn(request)
+        execution = await self._begun_ahead(request) or await self._spawn(request)
         try:
             # conmon initialises meanwhile, on another processor.
             # What runs is kept, and somebody listens to it: before there is anything to run.
@@ -128,6 +128,14 @@ class ConmonRuntime:
                 raise _out_of_resources(error) from error
             raise
         self._begun.discard(execution.directory)  # from here on the session has a record of its start
+        return execution
+
+    async def _begun_ahead(self, request: ExecRequest) -> "ConmonExec | None":
+        """Return what was begun for this start, unless it has ended since: the host may have run out of memory."""
+        execution = await self._ahead.take(request)
+        if execution is not None and not execution.waits:
+            await self._undo(execution)
+            return None
         return execution
 
     def begin(self, request: ExecRequest) -> None:
@@ -229,6 +237,11 @@ class ConmonExec:
     def monitor(self) -> ProcessIdentity | None:
         """conmon itself."""
         return self._monitor.identity
+
+    @property
+    def waits(self) -> bool:
+        """Whether its monitor is there to be let go."""
+        return self._monitor.alive
 
     def keep(self) -> None:
         """Have what the next service needs kept: the pipes, and the one that tells the end."""

@@ -46,6 +46,11 @@ class Monitor:
             self._identity = pidfd.identify(self._pid)
         return self._identity
 
+    @property
+    def alive(self) -> bool:
+        """Whether conmon has not ended."""
+        return not self._try_reap()
+
     def kill_group(self) -> None:
         """Kill conmon and the runtime, at once."""
         if not self._reaped:

@@ -184,7 +184,12 @@ class LiveSession:
     # -- its course --------------------------------------------------------------------------------------------------
 
     def run(self, client: AttachedClient | None, begun: "asyncio.Future[ExecSession] | None" = None) -> None:
-        """Start the prepared execution in a task of its own; `begun` is told the outcome of the start."""
+        """Start the prepared execution in a task of its own; `begun` is told the outcome of the start.
+
+        One that was handed over before is the next service's to start.
+        """
+        if self._leaving:
+            return
         self.task = asyncio.create_task(self._run(client, begun), name=f"exec {self.session.id[:12]}")
 
     def adopt(self, execution: Adopted, handed: Handed | None) -> None:

@@ -129,6 +129,10 @@ class HandedSession:
     output: Remembered
 
 
+class _TooLate(Exception):
+    """A start is ready when all that runs is handed over already."""
+
+
 class AlreadyStarted(Conflict):
     """A session is started once. Attached clients get this in the stream, as from dockerd."""
 
@@ -164,6 +168,7 @@ class SessionManager:
         self._backlogs: dict[SessionId, CaptureBacklog] = {}
         self._early_sizes: dict[SessionId, ConsoleSize] = {}
         self._preparing: dict[SessionId, asyncio.Future[None]] = {}  # whose start is not on record yet
+        self._handing_over = False  # no start may get on record any more
 
     # -- create and look ---------------------------------------------------------------------------------------------
 
@@ -434,6 +439,7 @@ class SessionManager:
         """Stop everything as it stands, and return what the next service needs to know of the running sessions."""
         await self.settle()
         await self._runtime.close()
+        self._handing_over = True
         lives = list(self._live.values())
         ending = {live.task for live in self._ending if live.task is not None}
         handed = await asyncio.gather(*[live.hand_over() for live in lives])
@@ -457,9 +463,14 @@ class SessionManager:
 
     async def settle(self) -> None:
         """Let starts that are under way come to their outcome, for a moment."""
-        starts = [one.settled for one in self._live.values() if one.task is not None and not one.settled.done()]
-        if starts:  # a conmon that cannot report the pid of its process gives up
-            await asyncio.wait(starts, timeout=_START_GRACE)
+        until = time.monotonic() + _START_GRACE
+        while (left := until - time.monotonic()) > 0:
+            starts = [*self._preparing.values(), *(one.settled for one in self._live.values())]
+            starts = [one for one in starts if not one.done()]
+            if not starts:
+                return
+            # A conmon that cannot report the pid of its process gives up.
+            await asyncio.wait(starts, timeout=left)
 
     async def close(self) -> None:
         """Stop serving. The processes live on; their monitors write exit files for whoever comes next."""
@@ -559,6 +570,8 @@ class SessionManager:
 
             def intend() -> str:
                 nonlocal begun
+                if self._handing_over:
+                    raise _TooLate
                 begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
                 asked = self._early_sizes.pop(session.id, None)
                 if asked is not None and asked is not asked_before:  # while the monitor was spawned
@@ -571,6 +584,9 @@ class SessionManager:
                 execution = await self._runtime.prepare(request, intend)
             except StateChanged:
                 raise _already_started(self.inspect(session_id)) from None
+            except _TooLate:  # nothing was begun: the next service is asked once more
+                await asyncio.get_running_loop().create_future()
+                raise
             except BaseException as error:
                 if begun is not None:  # else nothing was begun, and it may be started again
                     begun.fail(StartFailed(str(error), 128))

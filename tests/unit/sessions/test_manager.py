@@ -414,6 +414,7 @@ async def test_a_runtime_that_refuses_an_attached_start(world: World) -> None:
     await world.wait_for("start")
     world.runtime.executions[0].started.set_exception(StartFailed("no such file", 127))
     await asyncio.wait_for(task, SOON)
+    await world.wait_for("finish")
     assert world.clients[0].messages == ["no such file"]
     assert world.said == ["starting", "prepare", "head", "start", "stopped", "finish"]
     assert world.manager.inspect(session.id).exit == ExitStatus(127, ExitSource.START_FAILURE)
@@ -812,3 +813,41 @@ async def test_a_container_that_is_gone_is_named_by_its_id(world: World) -> None
     assert list(await world.manager.remove_all("c1")) == [session.id]
     with pytest.raises(NotFound):
         world.manager.list("c1")
+
+
+async def test_a_start_whose_monitor_comes_during_a_reload(world: World) -> None:
+    """It is waited for, so that the next service gets the session with its client."""
+    session = await world.create(attach_stdout=True)
+    world.runtime.spawned.clear()
+    starting = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await asyncio.sleep(0)
+    world.manager.close_gate()
+    handing = asyncio.create_task(world.manager.hand_over())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not handing.done()
+    world.runtime.spawned.set()
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    handed = (await asyncio.wait_for(handing, SOON))[session.id]
+    assert [one.client for one in handed.live.attachments] == world.clients
+    await starting
+
+
+async def test_a_start_whose_monitor_comes_too_late_for_a_reload(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the next service's: in this one it never gets on record."""
+    monkeypatch.setattr("execgate.sessions.manager._START_GRACE", 0.01)
+    session = await world.create(attach_stdout=True)
+    world.runtime.spawned.clear()
+    starting = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await asyncio.sleep(0)
+    world.manager.close_gate()
+    assert await asyncio.wait_for(world.manager.hand_over(), SOON) == {}
+    world.runtime.spawned.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not starting.done()
+    assert world.state(session) is SessionState.CREATED
+    assert world.said == ["close"]
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)

@@ -1,0 +1,73 @@
+"""What one service leaves and the next finds, with a keeper that has no room for all of it."""
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from execgate import handover
+from execgate.http.hijack import OpenStreams, StreamState
+from execgate.http.takeover import restore
+from execgate.model.ids import SessionId, new_session_id
+from execgate.sessions.backlog import Remembered
+from execgate.sessions.events import EventBus
+from execgate.sessions.live import Attachment, Handed
+from execgate.sessions.manager import HandedSession
+from execgate.worker import KeeperLink
+
+SOON = 5.0
+
+
+class FakeLink:
+    """Keeps everything but what is under one of the names in `lost`."""
+
+    def __init__(self, lost: Iterable[int]) -> None:
+        self._lost = {f"{handover.ONCE}{number}" for number in lost}
+        self._kept: dict[str, int] = {}
+
+    def keep(self, descriptors: Mapping[str, int]) -> None:
+        self._kept |= {name: os.dup(fd) for name, fd in descriptors.items() if name not in self._lost}
+
+    def take(self, name: str) -> int | None:
+        return self._kept.pop(name, None)
+
+    def take_all(self, prefix: str) -> dict[str, int]:
+        found = {name: fd for name, fd in self._kept.items() if name.startswith(prefix)}
+        for name in found:
+            del self._kept[name]
+        return found
+
+
+async def test_a_connection_that_was_not_kept_costs_no_other_one() -> None:
+    """Of three streams and three requests one each is lost on the way."""
+    streams, peers = OpenStreams(), []
+    sessions: dict[SessionId, HandedSession] = {}
+    for _ in range(3):
+        ours, theirs = socket.socketpair()
+        peers.append(theirs)
+        state = StreamState(dialect="docker", multiplexed=False, unsent=b"", head=None, unread=b"", eof=False)
+        client = restore(ours.detach(), state, streams)
+        live = Handed(attachments=[Attachment(client=client, first=True, stdin=True)])
+        sessions[new_session_id()] = HandedSession(live, Remembered())
+    pairs = [socket.socketpair() for _ in range(3)]
+    connections = [handover.Connection(ours.detach(), b"GET", None) for ours, _ in pairs]
+    link = cast("KeeperLink", FakeLink(lost=[0, 4]))
+    handover.give(link, streams, sessions, connections, EventBus())
+    for stream in streams:
+        stream.abandon()
+
+    after = OpenStreams()
+    found = handover.take(link, after)
+    assert found is not None
+    assert [len(one.live.attachments) for one in found.sessions.values()].count(1) == 2
+    assert len(found.connections) == 2
+    for stream in after:
+        await asyncio.wait_for(stream.send(1, b"goes on"), SOON)
+        stream.abandon()
+        await stream.wait_closed()
+    assert sorted(peer.recv(100) for peer in peers) == [b"", b"goes on", b"goes on"]
+    for connection in found.connections:
+        os.close(connection.fd)
+    for one in [*peers, *(theirs for _, theirs in pairs)]:
+        one.close()
