@@ -5,7 +5,6 @@ milliseconds, in which a service with a hundred sessions would do nothing for an
 """
 
 import ctypes
-import errno
 import functools
 import os
 import signal
@@ -42,7 +41,6 @@ class PosixSpawn:
     """
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], given: Sequence[int | None]) -> None:
-        self._withdrawn = False
         self._actions = _Actions()
         self._argv = _strings(argv)
         self._environment = _strings([f"{name}={value}" for name, value in environment.items()])
@@ -53,15 +51,8 @@ class PosixSpawn:
             else:
                 _check(_libc.posix_spawn_file_actions_adddup2(self._actions, fd, number))
 
-    def withdraw(self) -> None:
-        """Have a `run` that is still to come do nothing: by then its descriptors may be others'."""
-        self._withdrawn = True
-
     def run(self) -> Child:
         """Spawn, once. OSError. Blocks until the child has called execve."""
-        if self._withdrawn:
-            _libc.posix_spawn_file_actions_destroy(self._actions)
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
         pid = ctypes.c_int()
         before = _ticks()
         try:

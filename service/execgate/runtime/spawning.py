@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import math
 import os
@@ -150,11 +149,7 @@ class Spawner:
 
     async def _run(self, spawn: PosixSpawn) -> Child:
         """Return what was spawned. Before that nothing that it gets may be closed, so a cancel waits. OSError."""
-        try:
-            running = asyncio.get_running_loop().run_in_executor(self._threads, spawn.run)
-        except RuntimeError as error:  # there is room for no thread; and what was asked for stays in the queue
-            spawn.withdraw()
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+        running = asyncio.get_running_loop().run_in_executor(self._threads, spawn.run)
         cancelled: asyncio.CancelledError | None = None
         while not running.done():
             try:

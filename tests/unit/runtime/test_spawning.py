@@ -1,7 +1,6 @@
 """A child gets the descriptors that it was given, at their places, and nothing else; no cancel loses one."""
 
 import asyncio
-import errno
 import fcntl
 import os
 import signal
@@ -134,27 +133,3 @@ async def test_a_cancel_leaves_no_child() -> None:
     assert spawn.pid
     with pytest.raises(ProcessLookupError):
         os.kill(spawn.pid, 0)
-
-
-async def test_no_thread_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host without room for a thread has none for a process: it is told so, and nothing is spawned later instead."""
-    spawner = Spawner(Path("/bin/sleep"), nofile=(1024, 1024), store=NoFdStore())
-    first, second, third = SlowSpawn(), SlowSpawn(), SlowSpawn()
-    running = asyncio.create_task(spawner._run(first))
-    await asyncio.sleep(0)
-    for spawn in (second, third):
-        spawn.go.set()
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", no_room)
-        with pytest.raises(OSError, match=os.strerror(errno.EAGAIN)):
-            await spawner._run(second)
-    first.go.set()
-    children = [await running, await spawner._run(third)]  # by a thread that comes to the second one before
-    assert not second.pid
-    for child in children:
-        os.kill(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-
-
-def no_room(_: threading.Thread) -> None:
-    raise RuntimeError("can't start new thread")
