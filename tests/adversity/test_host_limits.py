@@ -9,7 +9,7 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,9 +81,11 @@ def test_no_more_descriptors(watched_service: NewService, runc_container: TestCo
     api = RawApi(service.socket)
     assert _runs(api, runc_container)
     before = footprint(service)
-    sessions = [api.create(runc_container.id, "true") for _ in range(2)]
     _, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
     with api.connect() as connection:  # one that is there already: none other is accepted from now on
+        assert connection.request("GET", "/_ping").status == 200
+        sessions = [api.create(runc_container.id, "true") for _ in range(2)]
+        _await_no_monitors(service, sessions)
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (len(before.descriptors) + 3, hard))
         try:
             answer = connection.request("POST", f"/exec/{sessions[0]}/start", {"Detach": True})
@@ -101,6 +103,14 @@ def test_no_more_descriptors(watched_service: NewService, runc_container: TestCo
     assert _runs(api, runc_container)
     assert_no_leaks(service, before)
     assert "Traceback" not in service.log()
+
+
+def _await_no_monitors(service: Service, sessions: Sequence[str]) -> None:
+    """Wait until those that were begun at a create are given up."""
+    deadline = time.monotonic() + 20
+    while any((service.state_dir / "sessions" / session[:32]).exists() for session in sessions):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _processor_time(pid: int) -> float:

@@ -19,8 +19,8 @@ from support.service import Service
 
 NewService = Callable[..., Service]
 
-_SLOW = 'if mkdir "$MARK" 2>/dev/null; then sleep 4; fi\nexec "$REAL" "$@"'
-"""The first exec takes longer than a reload waits for a start."""
+_SLOW = 'while [ -e "$MARK" ]; do sleep 0.05; done\nexec "$REAL" "$@"'
+"""An exec takes as long as the mark is there."""
 
 
 def run_answer(answer: Answer) -> tuple[int, bytes, bytes]:
@@ -151,7 +151,9 @@ def test_a_slow_detached_start(
 ) -> None:
     """It is answered by the next service, with what became of it; a second start of the same session is refused."""
     name = f"slow-{fails}"
-    faulty = faulty_runtime(runc, host_dir / name, "runc", f"MARK={host_dir}/{name}-mark; {_SLOW}")
+    mark = host_dir / f"{name}-mark"
+    mark.touch()
+    faulty = faulty_runtime(runc, host_dir / name, "runc", f"MARK={mark}; {_SLOW}")
     service = new_service(flags=[f"--runtime=runc={faulty.program}"])
     api = RawApi(service.socket)
     session = api.create(runc_container.id, *(["nosuch"] if fails else ["sh", "-c", "exit 8"]))
@@ -161,6 +163,7 @@ def test_a_slow_detached_start(
         service.reload()
         assert not answer.done()
         assert api.start_detached(session).status == 409
+        mark.unlink()
         if fails:
             assert answer.result().status == 400
             assert "nosuch" in answer.result().message
