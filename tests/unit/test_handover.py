@@ -9,6 +9,7 @@ from typing import cast
 from execgate import handover
 from execgate.http.hijack import OpenStreams, StreamState
 from execgate.http.takeover import restore
+from execgate.keeper.protocol import ONCE
 from execgate.model.ids import SessionId, new_session_id
 from execgate.sessions.backlog import Remembered
 from execgate.sessions.events import EventBus
@@ -20,10 +21,10 @@ SOON = 5.0
 
 
 class FakeLink:
-    """Keeps everything but what is under one of the names in `lost`."""
+    """Keeps everything but the descriptors whose numbers are in `lost`, in the order in which they were given."""
 
     def __init__(self, lost: Iterable[int]) -> None:
-        self._lost = {f"{handover.ONCE}{number}" for number in lost}
+        self._lost = {f"{ONCE}{number}" for number in lost}
         self._kept: dict[str, int] = {}
 
     def keep(self, descriptors: Mapping[str, int]) -> None:
