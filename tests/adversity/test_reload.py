@@ -129,6 +129,31 @@ def test_output_of_a_session_that_is_over(
     service.assert_clean_log()
 
 
+def test_connections_that_are_made_just_then(new_service: NewService) -> None:
+    """One that is accepted in the moment of a reload is served like any other, by whichever service."""
+    service = new_service()
+    api = RawApi(service.socket)
+    over = threading.Event()
+
+    def ask() -> int:
+        asked = 0
+        while not over.is_set():
+            assert api.call("GET", "/_ping").status == 200
+            asked += 1
+        return asked
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask) for _ in range(4)]
+        try:
+            for _ in range(10):
+                time.sleep(0.1)
+                service.reload()
+        finally:
+            over.set()
+        assert all(one.result() for one in clients)
+    service.assert_clean_log()
+
+
 def test_a_client_of_a_run_that_leaves_later(new_service: NewService, runc_container: TestContainer) -> None:
     """It takes the process with it, in the next service too."""
     service = new_service()

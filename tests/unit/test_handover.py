@@ -21,7 +21,7 @@ SOON = 5.0
 
 
 class FakeLink:
-    """Keeps everything but what is under one of the names in `lost`."""
+    """Keeps everything but the descriptors whose numbers are in `lost`, in the order in which they were given."""
 
     def __init__(self, lost: Iterable[int]) -> None:
         self._lost = {f"{ONCE}{number}" for number in lost}

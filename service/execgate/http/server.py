@@ -85,7 +85,15 @@ class HttpServer:
             self._servers.append(server)
 
     async def stop_accepting(self) -> None:
-        """Close the listening sockets; connections that are open stay."""
+        """Close the listening sockets; connections that are open stay, those that were accepted just now among them.
+
+        asyncio drops a connection whose server is closed before it has got its protocol (`Server._attach`). So first
+        it is to accept no more; uvloop knows no such reader, and needs none of this.
+        """
+        if self._servers:
+            for listener in (one for server in self._servers for one in server.sockets):
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            await self.settle()
         while self._servers:
             self._servers.pop().close()
 
