@@ -37,6 +37,9 @@ from execgate.sessions.backlog import Backlog
 from execgate.wire import stdcopy
 from execgate.wire.detach_keys import DetachFilter
 
+_LAST_INPUT = 1.0
+"""Seconds that a process has to take what a client has sent that is gone, before its absence has consequences."""
+
 
 class ClientGone(Exception):
     """The client's connection broke. The session does not mind."""
@@ -209,6 +212,7 @@ class Pump:
             exited.remove_done_callback(arm)
             if cut is not None:
                 cut.cancel()
+            self._left = lambda _: None  # what ends now is over, or the next service's
             helpers = [*tasks, self._feeding] if self._feeding is not None else tasks
             for task in helpers:
                 task.cancel()
@@ -216,8 +220,21 @@ class Pump:
             self._backlog.close()
 
     def lose(self) -> None:
-        """Take note that the first client is gone, which neither its input nor any output has told."""
-        self._leave(Departure.GONE)
+        """Take note that the first client is gone. What it has sent before is still input; then it has left."""
+        if self._client is None:
+            return
+        self._client = self._conduit = None
+        feeding = self._feeding
+        if feeding is None or feeding.done():
+            self._left(Departure.GONE)
+            return
+        patience = asyncio.get_running_loop().call_later(_LAST_INPUT, feeding.cancel)
+
+        def fed(_feeding: asyncio.Task[None]) -> None:
+            patience.cancel()
+            self._left(Departure.GONE)
+
+        feeding.add_done_callback(fed)
 
     async def _forward(self, output: Output) -> None:
         while True:
@@ -237,7 +254,7 @@ class Pump:
             try:
                 await self._client.send(stream, data)
             except ClientGone:
-                self._lose()
+                self.lose()
 
     async def _move(self, waiting: Waiting) -> None:
         """Have the kernel move what waits. Those who begin to watch in the meantime see what comes after it."""
@@ -247,7 +264,7 @@ class Pump:
             if self._conduit is not None and waiting.stream in self._wanted:
                 await self._conduit.send_waiting(waiting)
         except ClientGone:
-            self._lose()
+            self.lose()
         with contextlib.suppress(OutputGone):
             waiting.read()  # what has become nobody's
 
@@ -255,11 +272,6 @@ class Pump:
     def _alone(self) -> bool:
         """Whether the first client is the only one who gets the output, and the kernel can move it there."""
         return self._conduit is not None and not self._recorders and not self._backlog.watched
-
-    def _lose(self) -> None:
-        self._leave(Departure.GONE)
-        if self._feeding is not None:
-            self._feeding.cancel()
 
     async def _feed(self, feeder: "Feeder") -> None:
         if (departure := await feeder.run()) is not None:

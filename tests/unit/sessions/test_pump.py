@@ -82,6 +82,7 @@ class FakeClient:
         self._then = then
         self.got: list[tuple[int, bytes]] = []
         self.gone_after: int | None = None
+        self.gone = asyncio.Event()
         self.room = asyncio.Event()
         self.room.set()
         self.all_sent = asyncio.Event()
@@ -94,12 +95,14 @@ class FakeClient:
         if self._then == "gone":
             raise ClientGone
         if self._then == "silence":
-            await asyncio.Event().wait()
+            await self.gone.wait()
+            raise ClientGone
         return b""
 
     async def send(self, stream: int, data: bytes) -> None:
         await self.room.wait()
         if self.gone_after is not None and len(self.got) >= self.gone_after:
+            self.gone.set()
             raise ClientGone
         self.got.append((stream, data))
 
@@ -418,7 +421,7 @@ async def test_a_client_that_is_lost_without_a_word() -> None:
     await asyncio.sleep(0)
     pumped.pump.lose()
     pumped.pump.lose()
-    assert pumped.departure.result() is Departure.GONE
+    assert await asyncio.wait_for(asyncio.shield(pumped.departure), SOON) is Departure.GONE
     exited.set_result(ExitStatus(0, ExitSource.SYNC_PIPE))
     await task
 

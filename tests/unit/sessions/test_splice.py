@@ -306,6 +306,46 @@ async def test_a_client_that_goes_in_the_midst_of_a_frame(path: str) -> None:
         assert one.backlog.end == MUCH
 
 
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+async def test_the_last_input_of_a_client_that_goes_while_output_flows(path: str, family: int) -> None:
+    """Its absence shows in the output first. What it had sent is input all the same, and then it has left."""
+    data = bulk(14, 150_000)
+    async with session(family) as one:
+        with watched(one, path):
+            writing = asyncio.create_task(in_thread(write_all, one.process[STDOUT], bulk(15)))
+            one.peer.setblocking(True)
+            await in_thread(one.peer.sendall, data)
+            await asyncio.sleep(0.05)  # output waits for a client that does not read
+            one.peer.close()
+            await writing
+            received = b""
+            while len(received) < len(data):
+                received += await in_thread(os.read, one.process[0], 5_000)
+            assert received == data
+            async with asyncio.timeout(1):
+                while not one.departed:
+                    await asyncio.sleep(0.01)
+            assert one.departed == [Departure.GONE]
+            await one.end()
+
+
+async def test_the_last_input_is_not_waited_for_for_ever(path: str) -> None:
+    async with session() as one:
+        with watched(one, path):
+            one.peer.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    one.peer.send(bytes(100_000))
+                    await asyncio.sleep(0)
+            one.peer.close()
+            await one.client.wait_closed()
+            one.pump.lose()
+            while not one.departed:
+                await asyncio.sleep(0.01)
+            assert one.departed == [Departure.GONE]
+            await one.end()
+
+
 async def test_a_cut_in_the_midst_of_a_frame(path: str) -> None:
     """A background child holds the output: what is there when the process ends is delivered, and nothing after it."""
     first = bulk(7, BULK_PIPE_SIZE)
