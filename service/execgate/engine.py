@@ -277,13 +277,13 @@ def _take_state_dir(path: Path, cleanup: contextlib.AsyncExitStack) -> None:
 
 
 async def _sweep(manager: SessionManager, interval: float) -> None:
-    """Forget old sessions, for ever."""
+    """Forget old sessions, for ever; first of all those that earlier services had no time to."""
     while True:
-        await asyncio.sleep(interval)
         try:
             manager.sweep()
         except Unavailable as error:
             log.warning("old sessions are not forgotten: %s (%s)", error, error.hint)
+        await asyncio.sleep(interval)
 
 
 async def _end(task: asyncio.Task[None]) -> None:

@@ -36,8 +36,13 @@ def no_more_processes(
     directory = next(_pids_cgroups(container.init_pid), None)
     if directory is None:
         pytest.skip("the container has no cgroup of the pids controller here")
-    maximum, now = directory / "pids.max", (directory / "pids.current").read_text().strip()
-    maximum.write_text(now)
+    maximum, deadline = directory / "pids.max", time.monotonic() + 20
+    while (now := int((directory / "pids.current").read_text())) != len(
+        (directory / "cgroup.procs").read_text().split()
+    ):
+        assert time.monotonic() < deadline  # what made the container is not reaped yet, and counts
+        time.sleep(0.01)
+    maximum.write_text(str(now))
 
     def lift() -> None:
         maximum.write_text("max")
