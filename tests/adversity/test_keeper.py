@@ -395,6 +395,7 @@ def test_a_keeper_that_is_killed_beside_something_that_is_stopped(
     first = new_service(flags=flags)
     api = RawApi(first.socket)
     with api.open(runc_container.id, "cat", stdin=True) as control, ThreadPoolExecutor(1) as pool:
+        assert control.echo(b"none\n") == b"none\n"  # its own conmon is past the mark
         mark.rmdir()
         hanging = pool.submit(api.start_detached, api.create(runc_container.id, "true"))
         _wait_for_stopped_child(first.pid)
