@@ -15,7 +15,9 @@ from bench.contestants import Served
 from support.errors import HostError
 
 _TIMEOUT = 20.0
-_ENDLESS = ("dd", "if=/dev/zero", "bs=1048576")
+_ENDLESS = ("sh", "-c", "dd if=/dev/zero bs=1048576 & read end; kill $!")
+"""It ends with its client's input: a service may let a process go on whose client is gone."""
+
 _ECHO = ("sh", "-c", "stty raw -echo; echo; cat")
 _PAUSE = 0.002  # seconds between two keys, as if somebody typed, but fast
 
@@ -112,7 +114,7 @@ def _read_endlessly() -> None:
     parser.add_argument("container")
     options = parser.parse_args()
     with contextlib.closing(DockerClient(options.socket)) as client:
-        stream = client.start(client.create(options.container, _ENDLESS))
+        stream = client.start(client.create(options.container, _ENDLESS, stdin=True))
         stream.receive()
         print("streams", flush=True)
         while stream.receive():
