@@ -300,8 +300,9 @@ class Keeper:
         ours, theirs = protocol.pair()
         with theirs:
             environ = {**self._environ, protocol.ENVIRONMENT: str(theirs.fileno())}
-            # A process group of its own: Ctrl-C is for us, and we pass it on once.
-            pid = os.posix_spawn(self._argv[0], self._argv, environ, setpgroup=0, setsigmask=(), setsigdef=_DEFAULTS)
+            # A session of its own: Ctrl-C is for us, and we pass it on once. And when we die, the kernel must not find
+            # an orphaned process group, which would get a SIGHUP if anybody in it is stopped: a conmon that starts.
+            pid = os.posix_spawn(self._argv[0], self._argv, environ, setsid=True, setsigmask=(), setsigdef=_DEFAULTS)
         with contextlib.suppress(OSError):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, self._nofile)
         ours.setblocking(False)
