@@ -164,7 +164,7 @@ def test_until_in_the_future_ends_the_answer_then(api: Api, runc_container: Test
     ) as events:
         api.create(runc_container.id, "inside")
         assert [event["Action"] for event in events] == ["exec_create: inside"]
-    assert time.time() >= until
+    assert time.time() > until - 0.01  # a loop's timers and the time of day are two clocks
 
 
 @pytest.mark.parametrize(
