@@ -144,7 +144,7 @@ def _ending(link: KeeperLink, state_dir: Path) -> "asyncio.Future[Ending]":
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled, number)
-    # The kernel sends one when the keeper's death orphans our process group and anything in that is stopped.
+    # It is the keeper's to reload; one that is sent to us instead must not end us.
     loop.add_signal_handler(signal.SIGHUP, log.info, "received SIGHUP: a reload is asked of the keeper")
     link.listen(told)
     return ending
