@@ -18,6 +18,7 @@ FLOORS = [
         "worker", "",
     },
     {"http"},
+    {"gate"},
     {"sessions"},
     {"runtime"},
     {"containers"},
