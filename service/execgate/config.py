@@ -40,12 +40,16 @@ def default_listen() -> str:
     return f"unix://{runtime_dir()}/execgate.sock"
 
 
+def config_dir() -> Path:
+    """Return where the files of an administrator are: /etc/execgate, for a user below $XDG_CONFIG_HOME."""
+    if user_id() == 0:
+        return Path("/etc/execgate")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "execgate"
+
+
 def default_file() -> Path:
     """Return the configuration that is read, if it is there, when nobody names another."""
-    if user_id() == 0:
-        return Path("/etc/execgate/execgate.toml")
-    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "execgate/execgate.toml"
+    return config_dir() / "execgate.toml"
 
 
 def _split(value: object) -> object:
@@ -86,6 +90,7 @@ class Config(BaseModel):
     engines: Annotated[list[EngineName], BeforeValidator(_split)] = list(EngineName)
     container_labels: _List = []
     rootless: Literal["auto", "off"] = "auto"
+    tokens: _Path = Field(default_factory=lambda: config_dir() / "tokens")
     docker_data_root: _Path | None = None
     docker_exec_root: _Path | None = None
     containerd_root: _Path | None = None
