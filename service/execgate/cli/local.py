@@ -17,7 +17,8 @@ from execgate import logs
 from execgate.cli import doctor, policy
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
-from execgate.engine import DATABASE, catalog_of
+from execgate.engine import DATABASE, catalog_of, default_policy_of
+from execgate.gate.policy import policy_in_force
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
@@ -130,9 +131,10 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     if config.rootless == "auto":
         enter_podman(os.environ)
     factory = _loop_factory(config.event_loop)
+    in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link))
+            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid())))
     return 0
 
 
