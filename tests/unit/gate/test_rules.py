@@ -575,8 +575,7 @@ def test_a_grant_changes_bounds_only_and_never_widens(policy: Policy, who: Princ
     if isinstance(decision, Refusal):
         return
     asks, gets = request.config, decision.config
-    bounds = {"timeout": gets.timeout, "idle_timeout": gets.idle_timeout, "on_disconnect": gets.on_disconnect}
-    assert replace(asks, **bounds) == gets
+    assert gets == replace(asks, timeout=gets.timeout, idle_timeout=gets.idle_timeout, on_disconnect=gets.on_disconnect)
     rule = next(rule for rule in policy.rules if rule.id == decision.rule)
     for asked_for, got, most in (
         (asks.timeout, gets.timeout, rule.max_time),
