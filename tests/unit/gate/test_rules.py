@@ -589,6 +589,14 @@ def test_a_grant_changes_bounds_only_and_never_widens(policy: Policy, who: Princ
 
 
 @given(POLICIES, PRINCIPALS, REQUESTS)
+def test_what_was_granted_is_granted_again(policy: Policy, who: Principal, request: Asked) -> None:
+    """A start decides once more, on what was stored."""
+    decision = policy.decide(who, request)
+    if isinstance(decision, Grant):
+        assert policy.decide(who, replace(request, config=decision.config)) == decision
+
+
+@given(POLICIES, PRINCIPALS, REQUESTS)
 def test_an_explanation_agrees_with_the_decision(policy: Policy, who: Principal, request: Asked) -> None:
     explained, decision = policy.explain(who, request), policy.decide(who, request)
     allowing = [one.rule for one in explained if not one.failures]
