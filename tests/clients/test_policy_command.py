@@ -15,6 +15,8 @@ from support.service import execgate_program, write_config
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
+NO_POWER = {"EXECGATE_ALLOW_PRIVILEGED": "false", "EXECGATE_ALLOW_HOST_EQUIVALENT": "false"}
+
 # The container is an ordinary one or not, as its runtime has it; what that means has its own tests.
 POLICY = """
 [[rule]]
@@ -55,7 +57,7 @@ def run(host_dir: Path, tmp_path: Path, runc: RuntimeHost) -> Run:
 
     def run(command: str, *arguments: str, policy: Path | None = file) -> "subprocess.CompletedProcess[str]":
         env = {name: value for name, value in os.environ.items() if not name.startswith("EXECGATE_")}
-        env |= {"EXECGATE_POLICY": str(policy)} if policy else {}
+        env |= NO_POWER | ({"EXECGATE_POLICY": str(policy)} if policy else {})
         argv = [str(execgate_program()), "policy", command, "--config", str(config), *arguments]
         return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=60, check=False)
 
@@ -244,7 +246,7 @@ def test_a_policy_that_is_fine(run: Run, tmp_path: Path) -> None:
 def test_check_config_reads_the_policy_too(run: Run, host_dir: Path) -> None:
     assert run("validate").returncode == 0  # the configuration is there
     flags = ["check-config", "--config", str(host_dir / "policy/execgate.toml")]
-    env = os.environ | {"EXECGATE_POLICY": "/nowhere"}
+    env = os.environ | NO_POWER | {"EXECGATE_POLICY": "/nowhere"}
     done = subprocess.run([execgate_program(), *flags], capture_output=True, env=env, timeout=60, check=False)
     assert done.returncode == 1
     assert json.loads(done.stdout)["policy"] == "/nowhere"
