@@ -38,7 +38,7 @@ on_disconnect = ["hup", "kill"]
 id = "team-a-logs"                  # the same team, as root, but only to look at logs
 who = ["uid:1000", "uid:1001"]
 labels = ["team=a"]
-argv = [["tail", "-n", "[0-9]*", "/var/log/**"], ["ls", "**"], ["true"]]
+argv = [["tail", "-n", "[0-9]*", "/var/log/**"], ["ls", "**"], ["git", "log", "**"], ["true"]]
 tty = false
 
 [[rule]]
@@ -209,6 +209,9 @@ ROWS: Sequence[tuple[Principal, Target, Request, str]] = [
     (ALICE, A_WEB, ask("ls", "-l", "/"), "team-a-logs"),
     (ALICE, A_WEB, ask("ls", "-l", "/", uid=1000), "team-a"),
     (ALICE, A_WEB, ask("ls"), "team-a-logs"),
+    (ALICE, A_WEB, ask("git", "log", "-p"), "team-a-logs"),
+    (ALICE, A_WEB, ask("git", "log"), "team-a-logs"),
+    (ALICE, A_WEB, ask("git"), "team-a users, team-a-logs argv"),
     (ALICE, A_WEB, ask("true"), "team-a-logs"),
     (ALICE, A_WEB, ask("true", "x"), "team-a users, team-a-logs argv"),
     (ALICE, A_WEB, ask("lsof"), "team-a users, team-a-logs argv"),
@@ -612,6 +615,18 @@ def test_what_is_remembered_is_what_is_so(policy: Policy, looks: list[tuple[Prin
     for who, target, pid in looks:
         found = any(rule.who.is_one(who) and rule.shows(target) for rule in policy.rules)
         assert policy.shows(replace(who, pid=pid), target) == found
+
+
+def test_what_is_remembered_ends_with_any_change() -> None:
+    assert TEST_POLICY.shows(CI_MAIN, A_WEB)
+    assert not TEST_POLICY.shows(CI_MAIN, replace(A_WEB, image="evil.example.org/web:1.2"))
+    assert TEST_POLICY.shows(BEA, B_WEB)
+    assert not TEST_POLICY.shows(BEA, replace(B_WEB, labels={"team": "b"}))
+    assert not TEST_POLICY.shows(BEA, replace(B_WEB, engine=EngineName.OCI))
+    assert TEST_POLICY.shows(unix(8, 27), A_WEB)
+    assert not TEST_POLICY.shows(unix(8, 28), A_WEB)  # the same user, without the group
+    assert TEST_POLICY.shows(cert("x", "bea@b.example.org"), B_WEB)
+    assert not TEST_POLICY.shows(cert("x"), B_WEB)
 
 
 def test_what_is_remembered_is_bounded() -> None:
