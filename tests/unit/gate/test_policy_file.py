@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pwd
+import re
 import stat
 import tempfile
 import time
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from execgate.gate.globs import Globs
 from execgate.gate.policy import COPY, MAX_FILE, default_policy, load_policy, parse_policy, policy_in_force
 from execgate.gate.rules import ALL_VERBS, Argv, Label, Policy, Refusal, Rule, Who
+from execgate.gate.tables import RuleTable
 from execgate.model.access import Asked, Grant, Record, Target, Verb
 from execgate.model.config import ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import EngineName
@@ -355,6 +357,37 @@ def test_ten_thousand_rules_are_read_in_seconds() -> None:
     before = time.process_time()
     assert len(parse(text).rules) == 10_000
     assert time.process_time() - before < 60
+
+
+# -- what the documentation shows --------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/policy.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+
+
+def nobody_in_particular(_kind: str, _name: str) -> int:
+    """Their users and groups are not those of this host."""
+    return 7
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_page_are_policies(example: str) -> None:
+    text = example if "[[rule]]" in example else GOOD + example
+    assert parse_policy(text.encode(), "p.toml", nobody_in_particular).rules
+
+
+def test_the_page_has_every_key_and_no_other() -> None:
+    assert len(EXAMPLES) >= 6
+    keys = PAGE.partition("## The keys of a rule")[2].partition("### Who")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", keys, re.MULTILINE)) == set(RuleTable.model_fields)
+
+
+def test_the_policy_to_begin_with_is_one_with_its_comments_too() -> None:
+    text = (ROOT / "deploy/policy.toml").read_text(encoding="utf-8")
+    assert [rule.id for rule in parse_policy(text.encode(), "p.toml", nobody_in_particular).rules] == ["admins"]
+    everything = re.sub(r"^# (?=\[\[|\w+ = )", "", text, flags=re.MULTILINE)
+    assert len(parse_policy(everything.encode(), "p.toml", nobody_in_particular).rules) == 3
 
 
 # -- who may write it --------------------------------------------------------------------------------------------------
