@@ -54,7 +54,7 @@ def default_file() -> Path:
 
 def default_policy_file() -> Path:
     """Return the policy that is read, if it is there, when nobody names another."""
-    return default_file().with_name("policy.toml")
+    return config_dir() / "policy.toml"
 
 
 def _split(value: object) -> object:
