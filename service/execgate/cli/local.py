@@ -18,6 +18,7 @@ from execgate.cli import doctor
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of
+from execgate.http.certificates import server_context
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
@@ -44,7 +45,7 @@ def add_commands(commands: Any) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///PATH or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
+        help="unix:///PATH, tls://HOST:PORT or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
     )
     serve.add_argument("--conmon", metavar="PATH", help="the monitor program (default: the one on the PATH)")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
@@ -128,9 +129,10 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     if config.rootless == "auto":
         enter_podman(os.environ)
     factory = _loop_factory(config.event_loop)
+    tls = None if config.tls is None else server_context(config.tls)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link))
+            runner.run(app.serve(config, link, tls))
     return 0
 
 
@@ -288,6 +290,11 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
     conmon = config.conmon_path()
     if conmon is None or not os.access(conmon, os.X_OK):
         problems.append(f"no conmon at {conmon}" if conmon else "conmon is not installed")
+    try:
+        if config.tls is not None:
+            server_context(config.tls)
+    except InvalidArgument as error:
+        problems.append(str(error))
     for problem in problems:
         print(f"execgate: {problem}", file=sys.stderr)
     return 1 if problems else 0

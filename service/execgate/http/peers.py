@@ -1,0 +1,140 @@
+"""Who is at the other end of a connection: by the kernel's word for unix sockets, by a certificate for TLS.
+
+The names of a certificate's owner are its subject alternative names; its common name is a label, and says nothing here.
+They are told without their types, as people write them: `alice@example.org`, `build.example.org`,
+`spiffe://example.org/ci`, `192.0.2.7`. So that no type can pass for another, each has a grammar of its own: an e-mail
+address has an `@` and no colon, a DNS name has neither and is no address, a URI has a scheme and is no address. What
+does not fit its type, or is of another one, is passed over. `*` and `?` are in no name, since rules may give them a
+meaning.
+"""
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+from execgate.model.principal import Method, Principal
+from execgate.oci.text import shown
+
+log = logging.getLogger(__name__)
+
+SO_PEERGROUPS = 59
+"""unix(7), Linux 4.13; Python has no name for it."""
+
+MAX_NAMES = 64
+"""How many names of a certificate are looked at."""
+
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_GROUP = struct.Struct("=I")
+_GROUPS_FIRST = 32
+_GROUPS_MOST = 65536  # NGROUPS_MAX
+
+_HOST = r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*"
+_DNS = re.compile(_HOST)
+_EMAIL = re.compile(rf"([A-Za-z0-9.!#$%&'+/=^_`{{|}}~-]{{1,64}})@({_HOST})")  # RFC 5322, dot-atom, without * and ?
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?:(?![\x22*<>?\\^`{|}])[\x21-\x7e])+")  # RFC 3986, without a query
+_MAX_NAME = 253
+_MAX_URI = 2048
+
+
+class Unnamed(Exception):
+    """A certificate names nobody that a rule could speak of."""
+
+
+def unix_peer(connection: socket.socket) -> Principal:
+    """Return who has connected a unix socket, as it was then (SO_PEERCRED). OSError.
+
+    Ids are those of the user namespace that this service is in: a user who is none there shows as the kernel's
+    overflow id, 65534.
+    """
+    pid, uid, gid = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    name = str(uid)
+    gids = frozenset({gid, *_groups(connection)})
+    return Principal(method=Method.UNIX, name=name, names=frozenset({name}), uid=uid, gids=gids, pid=max(0, pid))
+
+
+def kernels_word(transport: asyncio.BaseTransport) -> Principal | None:
+    """Return who is at the other end of a transport; None where the kernel does not know: TCP."""
+    found = transport.get_extra_info("socket")
+    if found.family != socket.AF_UNIX:
+        return None
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=found.fileno())
+    try:
+        return unix_peer(connection)
+    except OSError as error:
+        log.warning("a client's identity is not known: %s", error)
+        return None
+    finally:
+        connection.detach()  # it is the transport's
+
+
+def certificate_peer(certificate: Mapping[str, Any]) -> Principal:
+    """Return who a verified certificate says its owner is; it is what `SSLSocket.getpeercert` returns. Unnamed."""
+    names = list(dict.fromkeys(_names(certificate)))
+    if not names:
+        subject = ", ".join(f"{key}={value}" for part in certificate.get("subject", ()) for key, value in part)
+        raise Unnamed(f"it has no usable subject alternative name (its subject is {subject or 'empty'})")
+    return Principal(method=Method.CERTIFICATE, name=names[0], names=frozenset(names))
+
+
+def _groups(connection: socket.socket) -> list[int]:
+    """Return the supplementary groups; none on a kernel that does not tell."""
+    room = _GROUPS_FIRST
+    while True:
+        try:
+            found = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, room * _GROUP.size)
+        except OSError as error:
+            if error.errno == errno.ENOPROTOOPT:
+                return []
+            if error.errno != errno.ERANGE or room >= _GROUPS_MOST:  # ERANGE: it has more
+                raise
+            room = min(8 * room, _GROUPS_MOST)
+            continue
+        return [group for (group,) in _GROUP.iter_unpack(found)]
+
+
+def _names(certificate: Mapping[str, Any]) -> Iterator[str]:
+    alternatives = cast("tuple[tuple[str, Any], ...]", certificate.get("subjectAltName", ()))
+    for kind, text in alternatives[:MAX_NAMES]:
+        read = _READERS.get(kind)
+        name = read(text) if read is not None and isinstance(text, str) else None
+        if name is None:
+            log.debug("a name in a certificate is passed over: %s %s", shown(kind), shown(str(text)))
+        else:
+            yield name
+
+
+def _dns(text: str) -> str | None:
+    known = len(text) <= _MAX_NAME and _DNS.fullmatch(text) is not None and _address(text) is None
+    return text.lower() if known else None
+
+
+def _email(text: str) -> str | None:
+    found = _EMAIL.fullmatch(text) if len(text) <= _MAX_NAME else None
+    return None if found is None else f"{found[1]}@{found[2].lower()}"  # the local part is its host's to compare
+
+
+def _uri(text: str) -> str | None:
+    known = len(text) <= _MAX_URI and _URI.fullmatch(text) is not None and _address(text) is None
+    return text if known else None
+
+
+def _address(text: str) -> str | None:
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text.strip()))  # OpenSSL's text of one may end in a line feed
+    return None
+
+
+_READERS: Mapping[str, Callable[[str], str | None]] = {
+    "DNS": _dns,
+    "email": _email,
+    "URI": _uri,
+    "IP Address": _address,
+}
+"""By the types that Python's `ssl` tells; it has no text for the others."""
