@@ -18,7 +18,10 @@ from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
 from execgate.engine import Engine, look_around, open_engine
+from execgate.gate.access import Gate, NoJournal
+from execgate.gate.tokens import Tokens
 from execgate.http.hijack import OpenStreams
+from execgate.http.identity import Doorkeeper
 from execgate.http.listeners import (
     Address,
     Listener,
@@ -31,6 +34,7 @@ from execgate.http.listeners import (
 from execgate.http.routes import all_trees
 from execgate.http.server import HttpServer, build_application
 from execgate.keeper.protocol import ACTIVATED, Message
+from execgate.model.access import Grant
 from execgate.status import write_status
 from execgate.worker import KeeperLink
 
@@ -42,6 +46,17 @@ _LISTENER = "listen."
 
 _NICE = -5
 """Three times the share of an ordinary process, nice(2)."""
+
+
+class _OwnerOnly:
+    def shows(self, principal, target):
+        return principal.uid == os.geteuid() or principal.method == "token"
+
+    def permits(self, principal, target, verb, *, own):
+        return principal.uid == os.geteuid() or (own and principal.method == "token")
+
+    def decide(self, principal, asked):
+        return Grant(owner=principal.id, rule="owner", config=asked.config)
 
 
 class Ending(Enum):
@@ -68,8 +83,16 @@ async def serve(config: Config, link: KeeperLink, tls: ssl.SSLContext | None = N
         )
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
-        trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
-        server = HttpServer(build_application(trees, streams))
+        gate = Gate(
+            rules=_OwnerOnly(),
+            journal=NoJournal(),
+            catalog=engine.containers,
+            sessions=engine.sessions,
+            events=engine.events,
+            host_equivalent=lambda _container, _spec: (),
+        )
+        doorkeeper = Doorkeeper(gate, Tokens(config.tokens))
+        server = HttpServer(build_application(all_trees(top), streams, doorkeeper))
         cleanup.push_async_callback(server.close)
         await server.start(listeners, tls)
         for connection in before.connections:

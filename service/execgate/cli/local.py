@@ -1,4 +1,4 @@
-"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`."""
+"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`, `policy`."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from execgate import logs
-from execgate.cli import doctor
+from execgate.cli import doctor, policy
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of
@@ -56,6 +56,7 @@ def add_commands(commands: Any) -> None:
         help="default auto: uvloop where it is installed",
     )
     serve.add_argument("--socket-mode", metavar="MODE", help="permissions of the unix sockets (default 0660)")
+    serve.add_argument("--policy", metavar="FILE", help=policy.POLICY_HELP)
     serve.add_argument("--socket-group", metavar="GROUP", help="group of the unix sockets (default: the service's)")
 
     _command(commands, "reload", _reload, "replace the running service: new code, new configuration, no client notices")
@@ -75,6 +76,7 @@ def add_commands(commands: Any) -> None:
     for table in (containers, sessions):
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.add_command(partial(_command, commands))
+    policy.add_commands(commands, _command)
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
 
 
@@ -277,6 +279,7 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         ],
         "runtimes": {name: str(path) for name, path in config.runtime_paths().items()},
         "conmon": str(config.conmon_path() or ""),
+        "policy": str(config.policy_path() or ""),
     }
     places = asdict(config.places())
     found |= {name: str(places[name]) for name in found if name in places and name != "runtimes"}
@@ -286,6 +289,7 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         for name, path in config.runtime_paths().items()
         if not os.access(path, os.X_OK)
     ]
+    problems += policy.problems(config)
     problems += [] if config.runtime_paths() else ["neither runc nor crun is installed"]
     conmon = config.conmon_path()
     if conmon is None or not os.access(conmon, os.X_OK):

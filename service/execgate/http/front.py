@@ -86,7 +86,6 @@ class FrontProtocol(asyncio.Protocol):
         self._told = told
         self._read = read
         self._idle = idle
-        self._peer = peer
         self._identify = identify
         self.cut_off = cut_off
         """Cuts what carries the connection; None for one that can be handed over."""
@@ -106,17 +105,14 @@ class FrontProtocol(asyncio.Protocol):
         self._frozen = False
         self._last = False  # the answer that is owed is the last
         self._patient = False
+        self.peer = peer
+        """Who is at the other end, as far as the connection itself proves that."""
         self.resumed = resumed
         """What an earlier service has done of the request that is being answered; None: it is a client's."""
         self.progress: Callable[[], Progress | None] = lambda: self.resumed
         """Tells what has been done of it."""
 
     # -- what a handler asks ----------------------------------------------------------------------------------------
-
-    @property
-    def peer(self) -> Principal | None:
-        """Who is at the other end, as the kernel or a certificate tells; None where neither does."""
-        return self._peer
 
     def take_over(self, successor: Callable[[asyncio.Transport, bytes, bool], asyncio.Protocol]) -> None:
         """Hand the connection to `successor(transport, held bytes, whether the client's end has come)`.
@@ -278,8 +274,7 @@ class FrontProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
-        if self._peer is None:
-            self._peer = self._identify(transport)
+        self.peer = self.peer or self._identify(transport)
         self._arm(HEAD_TIMEOUT if self._idle is None else self._idle)
         self._inner.connection_made(transport)
         if self._frozen or self._last:

@@ -1,11 +1,8 @@
 """Who is at the other end of a connection: by the kernel's word for unix sockets, by a certificate for TLS.
 
-The names of a certificate's owner are its subject alternative names; its common name is a label, and says nothing here.
-They are told without their types, as people write them: `alice@example.org`, `build.example.org`,
-`spiffe://example.org/ci`, `192.0.2.7`. So that no type can pass for another, each has a grammar of its own: an e-mail
-address has an `@` and no colon, a DNS name has neither and is no address, a URI has a scheme and is no address. What
-does not fit its type, or is of another one, is passed over. `*` and `?` are in no name, since rules may give them a
-meaning.
+The names of a certificate's owner are its subject alternative names, each with its type
+(`model.principal.certificate_name`); its common name is a label, and says nothing here. What does not fit the grammar
+of its type is passed over, and so are the types that no rule can speak of. Wildcards are in no name.
 """
 
 import asyncio
@@ -19,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-from execgate.model.principal import Method, Principal
+from execgate.model.principal import Method, Principal, certificate_name
 from execgate.oci.text import shown
 
 log = logging.getLogger(__name__)
@@ -37,7 +34,7 @@ _GROUPS_MOST = 65536  # NGROUPS_MAX
 
 _HOST = r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*"
 _DNS = re.compile(_HOST)
-_EMAIL = re.compile(rf"([A-Za-z0-9.!#$%&'+/=^_`{{|}}~-]{{1,64}})@({_HOST})")  # RFC 5322, dot-atom, without * and ?
+_EMAIL = re.compile(rf"[A-Za-z0-9.!#$%&'+/=^_`{{|}}~-]{{1,64}}@{_HOST}")  # RFC 5322, dot-atom, without * and ?
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?:(?![\x22*<>?\\^`{|}])[\x21-\x7e])+")  # RFC 3986, without a query
 _MAX_NAME = 253
 _MAX_URI = 2048
@@ -102,27 +99,16 @@ def _groups(connection: socket.socket) -> list[int]:
 def _names(certificate: Mapping[str, Any]) -> Iterator[str]:
     alternatives = cast("tuple[tuple[str, Any], ...]", certificate.get("subjectAltName", ()))
     for kind, text in alternatives[:MAX_NAMES]:
-        read = _READERS.get(kind)
-        name = read(text) if read is not None and isinstance(text, str) else None
+        word, read = _READERS.get(kind, ("", lambda _: None))
+        name = read(text) if isinstance(text, str) else None
         if name is None:
             log.debug("a name in a certificate is passed over: %s %s", shown(kind), shown(str(text)))
         else:
-            yield name
+            yield certificate_name(f"{word}:{name}")
 
 
-def _dns(text: str) -> str | None:
-    known = len(text) <= _MAX_NAME and _DNS.fullmatch(text) is not None and _address(text) is None
-    return text.lower() if known else None
-
-
-def _email(text: str) -> str | None:
-    found = _EMAIL.fullmatch(text) if len(text) <= _MAX_NAME else None
-    return None if found is None else f"{found[1]}@{found[2].lower()}"  # the local part is its host's to compare
-
-
-def _uri(text: str) -> str | None:
-    known = len(text) <= _MAX_URI and _URI.fullmatch(text) is not None and _address(text) is None
-    return text if known else None
+def _matching(pattern: re.Pattern[str], longest: int) -> Callable[[str], str | None]:
+    return lambda text: text if len(text) <= longest and pattern.fullmatch(text) else None
 
 
 def _address(text: str) -> str | None:
@@ -131,10 +117,10 @@ def _address(text: str) -> str | None:
     return None
 
 
-_READERS: Mapping[str, Callable[[str], str | None]] = {
-    "DNS": _dns,
-    "email": _email,
-    "URI": _uri,
-    "IP Address": _address,
+_READERS: Mapping[str, tuple[str, Callable[[str], str | None]]] = {
+    "DNS": ("dns", _matching(_DNS, _MAX_NAME)),
+    "email": ("email", _matching(_EMAIL, _MAX_NAME)),
+    "URI": ("uri", _matching(_URI, _MAX_URI)),
+    "IP Address": ("ip", _address),
 }
-"""By the types that Python's `ssl` tells; it has no text for the others."""
+"""By the types that Python's `ssl` tells, which has no text for the others: our word, and the name as it is usable."""

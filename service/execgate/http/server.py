@@ -16,6 +16,7 @@ from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
 from execgate.http.hijack import OpenStreams
+from execgate.http.identity import Doorkeeper
 from execgate.http.listeners import BACKLOG, Listener
 from execgate.http.peers import kernels_word
 from execgate.http.progress import Progress
@@ -44,9 +45,11 @@ _TURNS = 5
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
-def build_application(trees: Iterable[Tree], streams: OpenStreams) -> web.Application:
+def build_application(trees: Iterable[Tree], streams: OpenStreams, doorkeeper: Doorkeeper) -> web.Application:
     """Return the application that serves these trees, and hijacks connections into `streams`."""
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware])
+    app = web.Application(
+        client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware, doorkeeper.middleware]
+    )
     app[OPEN_STREAMS] = streams
     for tree in trees:
         for method, path, handler in tree.routes():

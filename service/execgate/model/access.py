@@ -12,7 +12,8 @@ class Verb(StrEnum):
     """What is done to a session, or in a container.
 
     EXEC: create, start and resize. INSPECT: list, inspect, wait, and events. ATTACH: attach, and write to stdin. LOGS:
-    captured output, and the result made of it. KILL: any signal, and stop. REMOVE: forget. TOP: a container's processes.
+    captured output, and the result made of it. KILL: any signal, and stop. REMOVE: forget. TOP: the processes of a
+    container.
     """
 
     EXEC = "exec"
