@@ -81,8 +81,8 @@ class Authority:
         _openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", found.key)
         _openssl("req", "-new", "-key", found.key, "-subj", f"/CN={name}", "-out", request)
         (where / "extensions").write_text(f"extendedKeyUsage = clientAuth\n{extensions}\n")
-        signed_by = ["-CA", self.ca, "-CAkey", self.directory / "ca-key.pem", "-CAcreateserial"]
-        signs = ["-in", request, "-out", found.certificate, "-extfile", where / "extensions"]
+        signed_by: list[str | Path] = ["-CA", self.ca, "-CAkey", self.directory / "ca-key.pem", "-CAcreateserial"]
+        signs: list[str | Path] = ["-in", request, "-out", found.certificate, "-extfile", where / "extensions"]
         _openssl("x509", "-req", "-days", "2", *signed_by, *signs)
         return found
 
