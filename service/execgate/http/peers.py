@@ -7,9 +7,11 @@ of its type is passed over, and so are the types that no rule can speak of. Wild
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import ipaddress
 import logging
+import os
 import re
 import socket
 import struct
@@ -29,8 +31,10 @@ MAX_NAMES = 64
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _GROUP = struct.Struct("=I")
-_GROUPS_FIRST = 32
-_GROUPS_MOST = 65536  # NGROUPS_MAX
+_PYTHONS_MOST = 1024
+"""Bytes: `socket.getsockopt` refuses more."""
+_NGROUPS_MAX = 65536
+_libc = ctypes.CDLL(None, use_errno=True)
 
 _HOST = r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*"
 _DNS = re.compile(_HOST)
@@ -81,19 +85,27 @@ def certificate_peer(certificate: Mapping[str, Any]) -> Principal:
 
 
 def _groups(connection: socket.socket) -> list[int]:
-    """Return the supplementary groups; none on a kernel that does not tell."""
-    room = _GROUPS_FIRST
-    while True:
-        try:
-            found = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, room * _GROUP.size)
-        except OSError as error:
-            if error.errno == errno.ENOPROTOOPT:
-                return []
-            if error.errno != errno.ERANGE or room >= _GROUPS_MOST:  # ERANGE: it has more
-                raise
-            room = min(8 * room, _GROUPS_MOST)
-            continue
-        return [group for (group,) in _GROUP.iter_unpack(found)]
+    """Return the supplementary groups; none on a kernel that does not tell. OSError."""
+    try:
+        found = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _PYTHONS_MOST)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return []
+        if error.errno != errno.ERANGE:
+            raise
+        found = _many_groups(connection)
+    return [group for (group,) in _GROUP.iter_unpack(found)]
+
+
+def _many_groups(connection: socket.socket) -> bytes:
+    """Return what `_groups` looks at, of somebody in more groups than Python has room for. OSError."""
+    room = ctypes.create_string_buffer(_NGROUPS_MAX * _GROUP.size)
+    size = ctypes.c_uint32(len(room))
+    level, name = socket.SOL_SOCKET, SO_PEERGROUPS
+    if _libc.getsockopt(connection.fileno(), level, name, room, ctypes.byref(size)) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return room.raw[: size.value]
 
 
 def _names(certificate: Mapping[str, Any]) -> Iterator[str]:

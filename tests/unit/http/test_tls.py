@@ -327,7 +327,7 @@ async def test_a_client_that_does_not_close_is_closed(site: Site, monkeypatch: p
 
 
 async def test_a_change_of_keys(site: Site) -> None:
-    """`K` has openssl ask for new keys, which we have to answer although nothing is written."""
+    """`K` has openssl change its keys and ask for new ones of ours."""
     client = site.pki.client
     files = ["-CAfile", client.ca, "-cert", client.certificate, "-key", client.key]
     address = f"127.0.0.1:{site.address[1]}"
