@@ -24,7 +24,7 @@ from support.errors import HostError
 from support.leaks import SharedContainer, assert_no_leaks, assert_nothing_stays, footprint
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
 from support.service import Service
-from support.tls import TlsService, tls_service
+from support.tls_service import TlsService, tls_service
 
 # How fast a machine draws examples, or runs one, is no property of the code: shared cores stall for seconds.
 hypothesis.settings.register_profile(

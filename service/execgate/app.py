@@ -17,8 +17,9 @@ from pathlib import Path
 from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
-from execgate.engine import Engine, look_around, open_engine
+from execgate.engine import Engine, host_equivalence_of, look_around, open_engine
 from execgate.gate.access import Gate, NoJournal
+from execgate.gate.rules import Policy
 from execgate.gate.tokens import Tokens
 from execgate.http.hijack import OpenStreams
 from execgate.http.identity import Doorkeeper
@@ -34,7 +35,6 @@ from execgate.http.listeners import (
 from execgate.http.routes import all_trees
 from execgate.http.server import HttpServer, build_application
 from execgate.keeper.protocol import ACTIVATED, Message
-from execgate.model.access import Grant
 from execgate.status import write_status
 from execgate.worker import KeeperLink
 
@@ -48,17 +48,6 @@ _NICE = -5
 """Three times the share of an ordinary process, nice(2)."""
 
 
-class _OwnerOnly:
-    def shows(self, principal, target):
-        return principal.uid == os.geteuid() or principal.method == "token"
-
-    def permits(self, principal, target, verb, *, own):
-        return principal.uid == os.geteuid() or (own and principal.method == "token")
-
-    def decide(self, principal, asked):
-        return Grant(owner=principal.id, rule="owner", config=asked.config)
-
-
 class Ending(Enum):
     """How a service ends: for good, or in favour of the next one."""
 
@@ -66,11 +55,10 @@ class Ending(Enum):
     LEAVE = "leave"
 
 
-async def serve(config: Config, link: KeeperLink, tls: ssl.SSLContext | None = None) -> None:
-    """Run the service until the keeper says so. Raises the category of whatever keeps it from starting.
+async def serve(config: Config, link: KeeperLink, policy: Policy, tls: ssl.SSLContext | None = None) -> None:
+    """Run the service until the keeper says so, by `policy`. Raises the category of what keeps it from starting.
 
-    `tls` is what `config.tls` comes to: read before it was our turn, so that a certificate that cannot be used keeps a
-    reload from happening.
+    `tls` is what TLS is spoken with; without it nobody is let in at addresses that want it.
     """
     ending = _ending(link, config.state_dir)
     async with contextlib.AsyncExitStack() as cleanup:
@@ -84,15 +72,15 @@ async def serve(config: Config, link: KeeperLink, tls: ssl.SSLContext | None = N
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
         gate = Gate(
-            rules=_OwnerOnly(),
+            policy=policy,
             journal=NoJournal(),
             catalog=engine.containers,
             sessions=engine.sessions,
             events=engine.events,
-            host_equivalent=lambda _container, _spec: (),
+            host_equivalent=host_equivalence_of(config),
         )
         doorkeeper = Doorkeeper(gate, Tokens(config.tokens))
-        server = HttpServer(build_application(all_trees(top), streams, doorkeeper))
+        server = HttpServer(build_application(all_trees(top), streams, [doorkeeper.middleware]))
         cleanup.push_async_callback(server.close)
         await server.start(listeners, tls)
         for connection in before.connections:

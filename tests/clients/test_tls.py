@@ -13,7 +13,8 @@ from support.leaks import assert_no_leaks, footprint
 from support.programs import find_program
 from support.runtimes import TestContainer
 from support.service import execgate_program
-from support.tls import Identity, TlsService
+from support.tls import Identity
+from support.tls_service import TlsService
 from support.tty import Terminal
 
 

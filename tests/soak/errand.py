@@ -9,7 +9,7 @@ import random
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
@@ -46,6 +46,8 @@ class Field:
     hosts: Sequence[RuntimeHost]
     containers: Sequence[TestContainer]
     docker: DockerCli
+    authorization: Mapping[str, str]
+    """What a request over TCP has to bring along."""
     unrest: Unrest
     done: Counter[str] = field(default_factory=Counter)
     made: set[str] = field(default_factory=set)

@@ -4,8 +4,10 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +19,8 @@ from execgate import logs
 from execgate.cli import doctor, policy
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
-from execgate.engine import DATABASE, catalog_of
+from execgate.engine import DATABASE, catalog_of, default_policy_of
+from execgate.gate.policy import policy_in_force
 from execgate.http.certificates import server_context
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
@@ -26,6 +29,8 @@ from execgate.rootless import enter_podman
 from execgate.runtime import pidfd
 from execgate.sessions.store import read_sessions
 from execgate.status import read_status
+
+_log = logging.getLogger(__name__)
 
 _RELOAD_TIMEOUT = 90.0
 _RELOAD_POLL = 0.02  # a file has no event without inotify, which Python does not have
@@ -131,11 +136,29 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     if config.rootless == "auto":
         enter_podman(os.environ)
     factory = _loop_factory(config.event_loop)
-    tls = None if config.tls is None else server_context(config.tls)
+    in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
+    tls = _tls(config, restarted=link.restarted)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link, tls))
+            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid()), tls))
     return 0
+
+
+def _tls(config: Config, *, restarted: bool) -> ssl.SSLContext | None:
+    """Read what TLS is spoken with; None where it is not. InvalidArgument.
+
+    Files that cannot be used keep a service from starting, and a reload from happening. But a worker in the place of
+    one that has crashed serves all who need no TLS, and the others when the files are mended and reloaded.
+    """
+    if config.tls is None:
+        return None
+    try:
+        return server_context(config.tls)
+    except InvalidArgument as error:
+        if not restarted:
+            raise
+        _log.error("TLS is not spoken until the next reload: %s", error)
+        return None
 
 
 def _reload(config: Config, _arguments: argparse.Namespace) -> int:

@@ -8,9 +8,8 @@ import argparse
 import json
 import os
 import pwd
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from execgate.cli.remote import seconds_of
 from execgate.cli.tables import shown
 from execgate.config import Config
 from execgate.containers.catalog import Catalog
-from execgate.engine import catalog_of
-from execgate.gate.policy import default_policy, load_policy
+from execgate.engine import catalog_of, default_policy_of, host_equivalence_of
+from execgate.gate.equivalence import HostEquivalence
+from execgate.gate.policy import load_policy
 from execgate.gate.rules import Explained, Policy, Refusal
 from execgate.model.access import Asked, Grant, target_of
 from execgate.model.config import ExecConfig, OnDisconnect, ResolvedUser
@@ -38,17 +38,13 @@ The exit code is 0 for an exec that is allowed, 1 for one that is denied, 2 when
 policy with mistakes, no such container."""
 _MAX_LINE = 1000
 
-HostEquivalent = Callable[[Mapping[str, Any]], tuple[str, ...]]
-"""Says of a container's config.json why root in it is root on the host."""
 
-
-def add_commands(commands: Any, command: Any, host_equivalent: HostEquivalent | None = None) -> None:
+def add_commands(commands: Any, command: Any) -> None:
     """Add `policy`; `command` adds one to some commands, with the options of the service."""
     text = "ask what the policy says, or whether it can be used"
     group = commands.add_parser("policy", help=text, description=text.capitalize() + ".")
     below = group.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=type(group))
-    run = partial(_check, host_equivalent)
-    check = command(below, "check", run, "say whether an exec would be allowed, by which rule, or why by none")
+    check = command(below, "check", _check, "say whether an exec would be allowed, by which rule, or why by none")
     check.set_defaults(failure_exit=2)
     check.epilog = _EPILOG
     check.add_argument("--policy", metavar="FILE", help=POLICY_HELP)
@@ -104,16 +100,15 @@ def _validate(config: Config, _arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(host_equivalent: HostEquivalent | None, config: Config, arguments: argparse.Namespace) -> int:
+def _check(config: Config, arguments: argparse.Namespace) -> int:
     policy = _policy(config)
-    asked = _asked(catalog_of(config), arguments, host_equivalent)
+    asked = _asked(catalog_of(config), arguments, host_equivalence_of(config))
     answer = _Answer(
         config.policy_path(),
         arguments.who,
         asked,
         policy.decide(arguments.who, asked),
         policy.explain(arguments.who, asked),
-        examined=host_equivalent is not None,
     )
     if arguments.json:
         print(json.dumps(_document(answer), indent=2))
@@ -124,14 +119,13 @@ def _check(host_equivalent: HostEquivalent | None, config: Config, arguments: ar
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A decision, and all that it was made from; `examined`: whether it is known what the container gives away."""
+    """A decision, and all that it was made from."""
 
     policy: Path | None
     who: Principal
     asked: Asked
     decision: Grant | Refusal
     rules: Sequence[Explained]
-    examined: bool
 
 
 def _policy(config: Config) -> Policy:
@@ -139,11 +133,7 @@ def _policy(config: Config) -> Policy:
     path = config.policy_path()
     if path is not None:
         return load_policy(path)
-    return default_policy(
-        user_id(),
-        allow_privileged=config.allow_privileged,
-        allow_host_equivalent=config.allow_host_equivalent,
-    )
+    return default_policy_of(config, user_id())
 
 
 def _principal(text: str) -> Principal:
@@ -173,7 +163,7 @@ def _unix(kind: str, name: str) -> Principal:
     return Principal(method=Method.UNIX, name=str(uid), names=frozenset({str(uid)}), uid=uid, gids=gids)
 
 
-def _asked(catalog: Catalog, arguments: argparse.Namespace, host_equivalent: HostEquivalent | None) -> Asked:
+def _asked(catalog: Catalog, arguments: argparse.Namespace, host_equivalent: HostEquivalence) -> Asked:
     """Return the exec that is asked about, resolved as the service resolves it."""
     args = arguments.args[1:] if arguments.args[:1] == ["--"] else arguments.args
     config = ExecConfig(
@@ -191,7 +181,7 @@ def _asked(catalog: Catalog, arguments: argparse.Namespace, host_equivalent: Hos
     container = catalog.find(arguments.container)
     spec = catalog.spec(container)
     user = _user(container, spec, config.user)
-    why = host_equivalent(spec) if host_equivalent is not None else ()
+    why = host_equivalent(container, spec)
     return Asked(target=target_of(container), config=config, user=user, host_equivalent=why)
 
 
@@ -219,8 +209,6 @@ def _lines(answer: _Answer) -> Iterator[str]:
     yield f"  as         uid {user.uid}, groups {gids}"
     if answer.asked.host_equivalent:
         yield f"  gives      root on the host: {', '.join(answer.asked.host_equivalent)}"
-    elif not answer.examined:
-        yield "  gives      perhaps root on the host: that was not looked at"
     yield from _bounds(decision) if isinstance(decision, Grant) else _reasons(answer)
 
 
@@ -259,7 +247,7 @@ def _document(answer: _Answer) -> dict[str, Any]:
         "PrincipalGids": sorted(answer.who.gids),
         "Container": {"Engine": asked.target.engine, "Names": list(asked.target.names), "Image": asked.target.image},
         "User": {"Uid": asked.user.uid, "Gids": sorted({asked.user.gid, *asked.user.additional_gids})},
-        "HostEquivalent": list(asked.host_equivalent) if answer.examined else None,
+        "HostEquivalent": list(asked.host_equivalent),
         "Rules": [
             {
                 "Id": rule.rule,

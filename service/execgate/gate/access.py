@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from execgate.containers.catalog import Catalog
+from execgate.gate.rules import Policy, Refusal
 from execgate.model.access import Asked, Grant, Target, Verb, target_of
 from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
 from execgate.model.container import Container
@@ -30,23 +31,10 @@ from execgate.sessions.live import BOTH, AttachedClient
 from execgate.sessions.manager import SessionManager
 
 
-class Rules(Protocol):
-    """Who may do what (`gate.rules.Policy`)."""
-
-    def shows(self, principal: Principal, target: Target) -> bool:
-        """Return whether the container exists for the principal."""
-
-    def permits(self, principal: Principal, target: Target, verb: Verb, *, own: bool) -> bool:
-        """Return whether the principal may do this to a session in that container; `own`: it is its own."""
-
-    def decide(self, principal: Principal, asked: Asked) -> Grant:
-        """Permit an exec. Forbidden."""
-
-
 class Journal(Protocol):
     """Who keeps what was asked and decided (`gate.audit.Audit`). Each raises Unavailable if it must and cannot."""
 
-    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Forbidden) -> None:
+    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Refusal) -> None:
         """An exec was permitted or refused."""
 
     def refused(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
@@ -65,7 +53,7 @@ class Journal(Protocol):
 class NoJournal:
     """Nobody keeps it."""
 
-    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Forbidden) -> None:
+    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Refusal) -> None:
         """See `Journal`."""
 
     def refused(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
@@ -87,7 +75,7 @@ class Gate:
     def __init__(
         self,
         *,
-        rules: Rules,
+        policy: Policy,
         journal: Journal,
         catalog: Catalog,
         sessions: SessionManager,
@@ -95,7 +83,7 @@ class Gate:
         host_equivalent: Callable[[Container, Mapping[str, Any]], tuple[str, ...]],
     ) -> None:
         """`host_equivalent` tells why root in a container, with its config.json, is root on the host."""
-        self.rules = rules
+        self.policy = policy
         self.journal = journal
         self.catalog = catalog
         self.sessions = sessions
@@ -116,7 +104,7 @@ class Access:
     def __init__(self, gate: Gate, principal: Principal) -> None:
         self.principal = principal
         self._gate = gate
-        self._rules = gate.rules
+        self._policy = gate.policy
         self._sessions = gate.sessions
 
     # -- containers --------------------------------------------------------------------------------------------------
@@ -132,14 +120,14 @@ class Access:
     def spec(self, container: Container) -> Mapping[str, Any]:
         """Return the config.json of a container, without its environment if the principal may not exec there."""
         spec = self._gate.catalog.spec(container)
-        if self._rules.permits(self.principal, target_of(container), Verb.EXEC, own=True):
+        if self._policy.permits(self.principal, target_of(container), Verb.EXEC, own=True):
             return spec
         return {**spec, "process": {**spec.get("process", {}), "env": []}}
 
     def for_top(self, ref: str) -> Container:
         """Look up a container whose processes the principal may see."""
         container = self.find(ref)
-        if not self._rules.permits(self.principal, target_of(container), Verb.TOP, own=True):
+        if not self._policy.permits(self.principal, target_of(container), Verb.TOP, own=True):
             raise Forbidden(f"you may not see the processes of container {container.id}")
         return container
 
@@ -158,13 +146,9 @@ class Access:
         """See `sessions.manager.Caller`."""
         host_equivalent = self._gate.host_equivalent(container, self._gate.catalog.spec(container))
         asked = Asked(target=target_of(container), config=config, user=user, host_equivalent=host_equivalent)
-        try:
-            grant = self._rules.decide(self.principal, asked)
-        except Forbidden as refusal:
-            self._gate.journal.decided(self.principal, container, asked, refusal)
-            raise
-        self._gate.journal.decided(self.principal, container, asked, grant)
-        return grant
+        outcome = self._policy.decide(self.principal, asked)
+        self._gate.journal.decided(self.principal, container, asked, outcome)
+        return _granted(outcome, container)
 
     async def start_detached(
         self, session_id: str, size: ConsoleSize | None = None, *, intended: Callable[[], None] = lambda: None
@@ -311,14 +295,14 @@ class Access:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _shows(self, container: Container) -> bool:
-        return self._rules.shows(self.principal, target_of(container))
+        return self._policy.shows(self.principal, target_of(container))
 
     def _sees(self, session: ExecSession) -> bool:
         return self._permits(session, Verb.INSPECT)
 
     def _permits(self, session: ExecSession, verb: Verb) -> bool:
         own = session.owner == self.principal.id
-        return self._rules.permits(self.principal, _target_of(session), verb, own=own)
+        return self._policy.permits(self.principal, _target_of(session), verb, own=own) is not None
 
     def _may(self, session_id: str, verb: Verb) -> ExecSession:
         """Return a session if the principal may do this to it. NotFound, Forbidden."""
@@ -343,12 +327,20 @@ class Access:
                 user=session.user,
                 host_equivalent=host_equivalent,
             )
-            try:
-                self._rules.decide(self.principal, asked)
-            except Forbidden as refusal:
-                self._gate.journal.decided(self.principal, container, asked, refusal)
-                raise
+            outcome = self._policy.decide(self.principal, asked)
+            if isinstance(outcome, Refusal):
+                self._gate.journal.decided(self.principal, container, asked, outcome)
+            _granted(outcome, container)
         return session.id
+
+
+def _granted(outcome: Grant | Refusal, container: Container) -> Grant:
+    """Return a permission. Forbidden; NotFound when the container does not exist for whoever asked."""
+    if isinstance(outcome, Grant):
+        return outcome
+    if not outcome.visible:  # since it was looked up
+        raise NotFound(f"No such container: {container.id}", hint=outcome.hint)
+    raise Forbidden(outcome.message, hint=outcome.hint)
 
 
 def _target_of(session: ExecSession) -> Target:

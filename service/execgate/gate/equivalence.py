@@ -1,8 +1,8 @@
 """Whether root in a container is root on the host: `oci.equivalence`, with what only the running host can tell."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from execgate.model.container import Container
@@ -52,7 +52,7 @@ class HostEquivalence:
 
 def _namespace(path: str) -> tuple[int, int] | None:
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except OSError:
         return None
     return status.st_dev, status.st_ino

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from execgate.gate import tokens as module
 from execgate.gate.tokens import MAX_TOKEN, PREFIX, Tokens, create_token, read_tokens, revoke_token
 from execgate.model.errors import Conflict, InvalidArgument, NotFound, Unavailable
 from execgate.model.principal import Method
@@ -70,7 +69,7 @@ def test_a_token_expires(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = create_token(path, "ci", lifetime=60)
     assert tokens.principal(secret) is not None
     (token,) = read_tokens(path)
-    monkeypatch.setattr(module.time, "time", lambda: token.expires)
+    monkeypatch.setattr("execgate.gate.tokens.time.time", lambda: token.expires)
     assert tokens.principal(secret) is None
     assert tokens.principal(create_token(path, "ci")) is not None, "the name of an expired one is not free"
 
