@@ -65,7 +65,8 @@ EVERYBODY = ["uid:0", "cert:*@example.org", "cert:dns:*.example.org", "token:ci"
 def tls_service(start: Callable[..., Service], directory: Path, **settings: str) -> Iterator[TlsService]:
     """Have `start` (`new_service`, `Service.start`) start a service with TLS in `directory`, and its own authority.
 
-    Its policy lets EVERYBODY do all. `settings` are further keys of its configuration, `tls_minimum="1.2"`; "" takes one out.
+    Its policy lets EVERYBODY do all. `settings` are further keys of its configuration, `tls_minimum="1.2"`; "" takes
+    one out.
     """
     directory.mkdir(parents=True, exist_ok=True)
     authority = Authority.make(directory / "pki")
