@@ -6,18 +6,20 @@ reported once and in the same words, wherever it was made.
 
 import os
 import shutil
+import ssl
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from execgate.containers.catalog import LabelFilter
 from execgate.containers.engines.oci import default_roots
 from execgate.containers.engines.places import Places, find_places
 from execgate.containers.states import RuntimeRoot
+from execgate.http.certificates import TlsSettings
 from execgate.http.listeners import Address, parse_address
 from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
@@ -110,6 +112,11 @@ class Config(BaseModel):
     standby: bool = True
     socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "0660"
     socket_group: str = ""
+    tls_certificate: _Path | None = None
+    tls_key: _Path | None = None
+    tls_client_ca: _Path | None = None
+    tls_client_certificates: Literal["required", "optional"] = "required"
+    tls_minimum: Literal["1.2", "1.3"] = "1.3"
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     retention_seconds: _Seconds = 600.0
     created_lifetime_seconds: _Seconds = 3600.0
@@ -139,6 +146,27 @@ class Config(BaseModel):
         if len(os.fsencode(value)) > longest_state_dir():
             raise ValueError(f"longer than {longest_state_dir()} bytes: a socket in it would exceed the kernel's limit")
         return value
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key need each other")
+        if self.tls_certificate is None and any(address.tls for address in self.addresses):
+            raise ValueError("listen: tls:// needs tls_certificate and tls_key")
+        return self
+
+    @property
+    def tls(self) -> TlsSettings | None:
+        """What TLS is spoken with; None: it is not configured."""
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return TlsSettings(
+            certificate=self.tls_certificate,
+            key=self.tls_key,
+            client_ca=self.tls_client_ca,
+            client_required=self.tls_client_certificates == "required",
+            minimum=ssl.TLSVersion.TLSv1_3 if self.tls_minimum == "1.3" else ssl.TLSVersion.TLSv1_2,
+        )
 
     @property
     def addresses(self) -> list[Address]:

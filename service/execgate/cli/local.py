@@ -4,8 +4,10 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of, default_policy_of
 from execgate.gate.policy import policy_in_force
+from execgate.http.certificates import server_context
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
@@ -26,6 +29,8 @@ from execgate.rootless import enter_podman
 from execgate.runtime import pidfd
 from execgate.sessions.store import read_sessions
 from execgate.status import read_status
+
+_log = logging.getLogger(__name__)
 
 _RELOAD_TIMEOUT = 90.0
 _RELOAD_POLL = 0.02  # a file has no event without inotify, which Python does not have
@@ -45,7 +50,7 @@ def add_commands(commands: Any) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///PATH or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
+        help="unix:///PATH, tls://HOST:PORT or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
     )
     serve.add_argument("--conmon", metavar="PATH", help="the monitor program (default: the one on the PATH)")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
@@ -132,10 +137,28 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
         enter_podman(os.environ)
     factory = _loop_factory(config.event_loop)
     in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
+    tls = _tls(config, restarted=link.restarted)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid())))
+            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid()), tls))
     return 0
+
+
+def _tls(config: Config, *, restarted: bool) -> ssl.SSLContext | None:
+    """Read what TLS is spoken with; None where it is not. InvalidArgument.
+
+    Files that cannot be used keep a service from starting, and a reload from happening. But a worker in the place of
+    one that has crashed serves all who need no TLS, and the others when the files are mended and reloaded.
+    """
+    if config.tls is None:
+        return None
+    try:
+        return server_context(config.tls)
+    except InvalidArgument as error:
+        if not restarted:
+            raise
+        _log.error("TLS is not spoken until the next reload: %s", error)
+        return None
 
 
 def _reload(config: Config, _arguments: argparse.Namespace) -> int:
@@ -294,6 +317,11 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
     conmon = config.conmon_path()
     if conmon is None or not os.access(conmon, os.X_OK):
         problems.append(f"no conmon at {conmon}" if conmon else "conmon is not installed")
+    try:
+        if config.tls is not None:
+            server_context(config.tls)
+    except InvalidArgument as error:
+        problems.append(str(error))
     for problem in problems:
         print(f"execgate: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -25,7 +25,7 @@ from execgate.model.access import Asked, Grant, target_of
 from execgate.model.config import ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container
 from execgate.model.errors import Conflict, InvalidArgument
-from execgate.model.principal import Method, Principal
+from execgate.model.principal import Method, Principal, certificate_name
 from execgate.oci.process import validate_config
 from execgate.oci.users import container_user, resolve_user
 from execgate.rootless import user_id
@@ -143,6 +143,8 @@ def _principal(text: str) -> Principal:
         return _unix(kind, name)
     if kind not in (Method.CERTIFICATE, Method.TOKEN) or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is none of user:NAME, uid:N, cert:NAME, token:NAME")
+    if kind == Method.CERTIFICATE:
+        name = certificate_name(name)
     return Principal(method=Method(kind), name=name, names=frozenset({name}))
 
 

@@ -26,6 +26,7 @@ from execgate.model.access import Record, Verb
 from execgate.model.config import OnDisconnect
 from execgate.model.container import EngineName
 from execgate.model.durations import parse_duration
+from execgate.model.principal import certificate_name
 from execgate.oci.text import shown
 
 _MAX_ID = 2**32 - 2  # the last one means "no change" to the kernel, setreuid(2)
@@ -162,7 +163,7 @@ def _who(value: object, info: ValidationInfo) -> Who:
         text=", ".join(texts),
         uids=frozenset([*map(_number, found["uid"]), *(one for one in by_name["user"] if one is not None)]),
         gids=frozenset([*map(_number, found["gid"]), *(one for one in by_name["group"] if one is not None)]),
-        certificates=Globs(tuple(found["cert"])),
+        certificates=Globs(tuple(map(certificate_name, found["cert"]))),
         tokens=Globs(tuple(found["token"])),
     )
 
