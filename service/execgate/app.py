@@ -16,6 +16,7 @@ from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
 from execgate.engine import Engine, look_around, open_engine
+from execgate.gate.audit import Audit, open_audit
 from execgate.http.hijack import OpenStreams
 from execgate.http.listeners import (
     Address,
@@ -57,8 +58,10 @@ async def serve(config: Config, link: KeeperLink) -> None:
             log.info("takes over from a service that had lost its keeper: %d descriptors", adopted)
         streams = OpenStreams()
         before = handover.take(link, streams) or handover.Handover()
+        # The service before this one, whoever it was, has ended: it writes no audit log any more.
+        audit = cleanup.enter_context(open_audit(config.audit(), version=__version__))
         engine = await cleanup.enter_async_context(
-            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event)
+            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event, witness=audit)
         )
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
@@ -78,7 +81,7 @@ async def serve(config: Config, link: KeeperLink) -> None:
         log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
         how = await ending
         if how is Ending.LEAVE:
-            await _leave(engine, server, streams, link)
+            await _leave(engine, server, streams, link, audit)
         await server.stop_accepting()
         engine.events.close()
         if engine.sessions.live:
@@ -102,7 +105,7 @@ def _come_first() -> None:
         log.debug("the service has the usual priority: %s", error)
 
 
-async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink) -> None:
+async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink, audit: Audit) -> None:
     """End in favour of the next service, which gets everything as it stands: nothing is closed or undone."""
     log.info("hands over %d running processes", engine.sessions.live)
     engine.sessions.close_gate()
@@ -112,6 +115,7 @@ async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link:
     connections = [handover.Connection(*found) for found in server.hand_over()]
     handover.give(link, streams, sessions, connections, engine.events)
     await link.flushed()
+    audit.close()
     logging.shutdown()
     os._exit(0)
 

@@ -18,6 +18,7 @@ from execgate.containers.catalog import LabelFilter
 from execgate.containers.engines.oci import default_roots
 from execgate.containers.engines.places import Places, find_places
 from execgate.containers.states import RuntimeRoot
+from execgate.gate.audit_log import AuditSettings
 from execgate.http.listeners import Address, parse_address
 from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
@@ -69,6 +70,7 @@ def _absolute(value: object) -> object:
 
 
 _Path = Annotated[Path, BeforeValidator(_absolute)]
+_PathOrNone = Annotated[Path | None, BeforeValidator(lambda value: _absolute(value) or None)]
 _List = Annotated[list[str], BeforeValidator(_split)]
 _Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 
@@ -112,6 +114,12 @@ class Config(BaseModel):
     parallel_starts: Annotated[int, Field(ge=1, le=10_000)] = 64
     queued_starts: Annotated[int, Field(ge=0, le=1_000_000)] = 2_000
     capture_bytes: Annotated[int, Field(ge=64 * 1024, le=16 * 2**30)] = 16 * 2**20
+    audit_file: _PathOrNone = None
+    audit_stdout: bool = False
+    audit_max_bytes: Annotated[int, Field(ge=0, le=2**50)] = 100 * 2**20
+    audit_keep: Annotated[int, Field(ge=1, le=1000)] = 10
+    audit_strict: bool = False
+    audit_sync: bool = False
 
     @field_validator("listen")
     @classmethod
@@ -154,6 +162,18 @@ class Config(BaseModel):
         """Return the labels that a container must have to be shown."""
         pairs = (text.partition("=") for text in self.container_labels)
         return [(name, value if equals else None) for name, equals, value in pairs]
+
+    def audit(self) -> AuditSettings:
+        """Return what is said of the audit log."""
+        return AuditSettings(
+            anchor=self.state_dir / "audit",
+            path=self.audit_file,
+            stdout=self.audit_stdout,
+            max_bytes=self.audit_max_bytes,
+            keep=self.audit_keep,
+            strict=self.audit_strict,
+            sync=self.audit_sync,
+        )
 
     def conmon_path(self) -> Path | None:
         """Return conmon: the configured one, else the one on the PATH or where distributions put it."""

@@ -1,4 +1,4 @@
-"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`."""
+"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`, `audit`."""
 
 import argparse
 import asyncio
@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 from execgate import logs
-from execgate.cli import doctor
+from execgate.cli import audit, doctor
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of
+from execgate.gate.audit_log import check as check_audit
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
@@ -74,6 +75,7 @@ def add_commands(commands: Any) -> None:
     for table in (containers, sessions):
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.add_command(partial(_command, commands))
+    audit.add_command(commands)
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
 
 
@@ -127,6 +129,7 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     logs.set_up(config.log_level, config.log_format)
     if config.rootless == "auto":
         enter_podman(os.environ)
+    check_audit(config.audit())
     factory = _loop_factory(config.event_loop)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:

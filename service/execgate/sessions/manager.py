@@ -39,7 +39,7 @@ from execgate.runtime.spawning import ExecRequest
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
-from execgate.sessions.ledger import Ledger
+from execgate.sessions.ledger import Ledger, Witness
 from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, Handed, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
@@ -151,12 +151,13 @@ class SessionManager:
         all_capabilities: Sequence[str],
         limits: Limits,
         captures: Path,
+        witness: Witness | None = None,
     ) -> None:
         """`captures` is the directory of captured output; it is made when it is needed."""
         self._containers = containers
         self._runtime = runtime
         self._store = store
-        self._ledger = Ledger(store, events)
+        self._ledger = Ledger(store, events, witness)
         self._read_accounts = read_accounts
         self._all_capabilities = all_capabilities
         self._limits = limits
@@ -287,7 +288,7 @@ class SessionManager:
         try:
             client = await take_over()
         except BaseException:
-            await live.undo()
+            await live.undo("the client left before the start")
             raise
         live.run(client)
 
@@ -594,6 +595,11 @@ class SessionManager:
             assert begun is not None
             begun.execution = execution
             turn.until = begun.settled
+            try:
+                await self._ledger.witnessed()
+            except BaseException as error:
+                await begun.undo(str(error))
+                raise
             return begun
 
     @contextlib.asynccontextmanager

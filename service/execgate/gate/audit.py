@@ -1,0 +1,296 @@
+"""The audit log: who did what in which container, by which rule, and what came of it.
+
+An entry is written before what it tells of is done, and before the step is on record: `start` before there is anything
+that could run. So a crash in between tells of a step that was not taken, or tells of it twice, and never of less. What
+an entry has of strangers is bounded and ASCII: the command (an excess is told by its length and hash), names, reasons.
+The *values* of the environment, what is read and what is written are in no entry.
+
+`gate.audit_log` says where entries go, `gate.audit_chain` how they hold together, docs/audit.md what they mean.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal as signals
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from execgate.gate.audit_log import AuditLog, AuditSettings
+from execgate.model.access import Asked, Grant, Verb
+from execgate.model.config import ExecConfig, ResolvedUser
+from execgate.model.ids import ContainerId
+from execgate.model.principal import Principal
+from execgate.model.session import ExecSession, SessionState
+
+Fields = dict[str, Any]
+
+_ARGV, _ENV = 4096, 2048
+"""Bytes of a command, and of the names of an environment, that an entry has; each item counts one more."""
+
+_NAME, _TEXT = 256, 512
+"""Characters of a name, and of a sentence or a path."""
+
+_NAMES = 8
+"""Names that a list of names has."""
+
+
+class Audit:
+    """What there is to tell. A `sessions.ledger.Witness`.
+
+    With `audit_strict` those that say so raise Unavailable when the entry cannot be written: then it must not be done.
+    """
+
+    def __init__(self, log: AuditLog) -> None:
+        self._log = log
+
+    def step(self, session: ExecSession) -> None:
+        """See `Witness`: Unavailable for `created` and `starting` only."""
+        about = _about(session)
+        match session.state:
+            case SessionState.CREATED:
+                details = _origin(session) | _request(session.config, session.user)
+                self._log.write("created", about | details, refusable=True)
+            case SessionState.STARTING:
+                self._log.write("start", about | _command(session.config, session.user), refusable=True)
+            case SessionState.RUNNING:
+                self._log.write("running", about | _process(session))
+            case SessionState.STOPPED:
+                self._log.write("exit", about | _end(session))
+
+    async def flushed(self) -> None:
+        """See `Witness`. Unavailable."""
+        await self._log.flushed()
+
+    def decision(
+        self,
+        principal: Principal,
+        container_id: ContainerId,
+        asked: Asked,
+        grant: Grant | None,
+        reason: str = "",
+    ) -> None:
+        """An exec is about to be allowed by a `grant`, or is not, for a `reason`. Unavailable, if it is.
+
+        Of what is allowed the entry tells what runs: the request with the bounds of the rule in it.
+        """
+        config = asked.config if grant is None else grant.config
+        outcome = {"reason": reason[:_TEXT]} if grant is None else {"rule": grant.rule[:_NAME]}
+        fields = {
+            **_identity(principal),
+            "verb": Verb.EXEC,
+            "container_id": container_id[:_NAME],
+            "container_name": asked.target.names[0][:_NAME] if asked.target.names else "",
+            "engine": asked.target.engine,
+            "image": asked.target.image[:_NAME],
+            **outcome,
+            **_request(config, asked.user),
+            **({"host_equivalent": _list(asked.host_equivalent)} if asked.host_equivalent else {}),
+        }
+        self._log.write("denied" if grant is None else "allowed", fields, refusable=grant is not None)
+
+    def refused(
+        self,
+        principal: Principal | None,
+        verb: Verb | None,
+        reason: str,
+        *,
+        session: ExecSession | None = None,
+        container_id: str = "",
+        container_name: str = "",
+    ) -> None:
+        """Anything else was denied, for a `reason`; `principal` None: to somebody who has not said who it is."""
+        about: Fields = {}
+        if session is not None:
+            about = {"session": session.id} | _container(session)
+        elif container_id or container_name:
+            about = {"container_id": container_id[:_NAME], "container_name": container_name[:_NAME]}
+        fields = _identity(principal) | ({"verb": verb} if verb else {}) | about | {"reason": reason[:_TEXT]}
+        self._log.write("denied", fields)
+
+    def attached(self, principal: Principal, session: ExecSession, streams: Iterable[str]) -> None:
+        """Somebody is about to attach to `streams` of a session: `stdin`, `stdout`, `stderr`, `logs`. Unavailable."""
+        self._asked_of("attach", principal, session, {"streams": sorted(streams)[:_NAMES]})
+
+    def signalled(self, principal: Principal, session: ExecSession, signal: int, *, grace: float | None = None) -> None:
+        """A signal is about to be sent. With a `grace`, in seconds, it is a stop: SIGKILL comes then. Unavailable."""
+        fields: Fields = {"signal": _signal_name(signal)}
+        if grace is None:
+            self._asked_of("signal", principal, session, fields)
+        else:
+            self._asked_of("stop", principal, session, fields | {"grace": round(grace, 3)})
+
+    def removed(self, principal: Principal, session: ExecSession, *, force: bool = False) -> None:
+        """A session is about to be forgotten, and with `force` killed before. Unavailable."""
+        self._asked_of("remove", principal, session, {"force": True} if force else {})
+
+    def close(self) -> None:
+        """The service ends, here or in favour of the next; harmless when it was said."""
+        self._log.close()
+
+    def _asked_of(self, event: str, principal: Principal, session: ExecSession, fields: Fields) -> None:
+        about = {**_identity(principal), "session": session.id, **_container(session), **fields}
+        self._log.write(event, about, refusable=True)
+
+
+class NoAudit(Audit):
+    """Nothing is told to anybody."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, session: ExecSession) -> None:
+        """See `Audit`."""
+
+    async def flushed(self) -> None:
+        """See `Audit`."""
+
+    def decision(
+        self, principal: Principal, container_id: ContainerId, asked: Asked, grant: Grant | None, reason: str = ""
+    ) -> None:
+        """See `Audit`."""
+
+    def refused(
+        self,
+        principal: Principal | None,
+        verb: Verb | None,
+        reason: str,
+        *,
+        session: ExecSession | None = None,
+        container_id: str = "",
+        container_name: str = "",
+    ) -> None:
+        """See `Audit`."""
+
+    def close(self) -> None:
+        """See `Audit`."""
+
+    def _asked_of(self, event: str, principal: Principal, session: ExecSession, fields: Fields) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def open_audit(settings: AuditSettings, *, version: str) -> Iterator[Audit]:
+    """Open the audit log for a service of this `version`. Conflict when another service writes it.
+
+    One that cannot be written now is none of the service's business until something is to be done.
+    """
+    if not settings.enabled:
+        yield NoAudit()
+        return
+    log = AuditLog(settings)
+    audit = Audit(log)
+    try:
+        manner = {"strict": settings.strict, "sync": settings.sync}
+        log.begin({"version": version, "pid": os.getpid(), "host": os.uname().nodename[:_NAME], **manner})
+        yield audit
+    finally:
+        audit.close()
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def _about(session: ExecSession) -> Fields:
+    return {"session": session.id, "who": session.owner[:_NAME], **_container(session)}
+
+
+def _container(session: ExecSession) -> Fields:
+    return {
+        "container_id": session.container.container_id[:_NAME],
+        "container_name": session.container.name[:_NAME],
+    }
+
+
+def _origin(session: ExecSession) -> Fields:
+    fields: Fields = {"rule": session.rule[:_NAME], "engine": session.engine, "image": session.image[:_NAME]}
+    return fields | ({"record": session.record} if session.record else {})
+
+
+def _identity(principal: Principal | None) -> Fields:
+    """Who asks, with what the kernel or a certificate says besides."""
+    if principal is None:
+        return {"who": ""}
+    fields: Fields = {"who": principal.id[:_NAME]}
+    if others := sorted(principal.names - {principal.name}):
+        fields["names"] = _list(others)
+    if principal.uid is not None:
+        fields["peer_uid"] = principal.uid
+    if principal.pid:
+        fields["peer_pid"] = principal.pid
+    return fields
+
+
+def _request(config: ExecConfig, user: ResolvedUser) -> Fields:
+    """An exec in all that matters; what is as usual is left out."""
+    fields = _command(config, user) | {"user": config.user[:_NAME], "gids": list(user.additional_gids[:64])}
+    if config.working_dir:
+        fields["cwd"] = config.working_dir[:_TEXT]
+    if config.env:
+        names = [one.partition("=")[0] for one in config.env]
+        fields["env"], rest = _within(names, _ENV)
+        if rest:
+            fields["env_count"] = len(names)
+    if config.timeout is not None:
+        fields["timeout"] = config.timeout
+    return fields
+
+
+def _command(config: ExecConfig, user: ResolvedUser) -> Fields:
+    """What runs, as whom, and with which powers.
+
+    `argv_bytes` and `argv_sha256` are those of the whole command as /proc/PID/cmdline has it: a NUL behind each
+    argument.
+    """
+    argv, rest = _within(config.args, _ARGV)
+    fields: Fields = {"argv": argv}
+    if rest:
+        whole = b"".join(_bytes(one) + b"\0" for one in config.args)
+        fields |= {"argv_bytes": len(whole), "argv_sha256": hashlib.sha256(whole).hexdigest()}
+    fields |= {"uid": user.uid, "gid": user.gid}
+    fields |= {name: True for name, is_so in (("tty", config.tty), ("privileged", config.privileged)) if is_so}
+    return fields
+
+
+def _process(session: ExecSession) -> Fields:
+    process = session.process
+    return {} if process is None else {"pid": process.pid, "start_time": process.start_time}
+
+
+def _end(session: ExecSession) -> Fields:
+    moved = session.transferred
+    fields: Fields = {"timed_out": session.timed_out}
+    if session.exit is not None:
+        fields |= {"code": session.exit.code, "source": session.exit.source}
+    if session.error:
+        fields["error"] = session.error[:_TEXT]
+    if session.started_at is not None and session.finished_at is not None:
+        fields["seconds"] = round(session.finished_at - session.started_at, 6)
+    return fields | {"stdin_bytes": moved.stdin, "stdout_bytes": moved.stdout, "stderr_bytes": moved.stderr}
+
+
+def _within(items: Sequence[str], room: int) -> tuple[list[str], bool]:
+    """Return the items that `room` bytes have room for, the last of them cut, and whether anything is missing."""
+    found = []
+    for item in items:
+        size = len(_bytes(item)) + 1
+        if size > room:
+            found.append(_bytes(item)[: max(0, room - 1)].decode(errors="ignore"))
+            return found, True
+        found.append(item)
+        room -= size
+    return found, False
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # JSON can have halves of characters
+
+
+def _list(names: Iterable[str]) -> list[str]:
+    return [name[:_NAME] for name in names][:_NAMES]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)
