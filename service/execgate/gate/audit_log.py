@@ -39,7 +39,10 @@ _TAIL = 1024 * 1024
 _MAX_UNFLUSHED = 4
 """Files that were rotated away and wait for a flush; with more, the oldest is flushed where it stands."""
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_FOR_GOOD = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO}
+_FOR_GOOD = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.EPERM,
+}  # fmt: skip
+"""What keeps a file from ever being a log: somebody has to change something."""
 _ANCHOR = re.compile(rb"(\d{20}) ([0-9a-f]{64}) (\d{20})\n")
 
 

@@ -247,8 +247,8 @@ class LiveSession:
         rest, withheld = (feeder.rest, feeder.withheld) if feeder is not None else (b"", b"")
         return [Attachment(client=client, first=True, stdin=True, rest=rest, withheld=withheld)]
 
-    async def undo(self, reason: str) -> None:
-        """End it before anything ran: the client left, say, or could not be taken over."""
+    async def undo(self, reason: str = "the client left before the start") -> None:
+        """End it before anything ran: the client left, or could not be taken over."""
         try:
             await self._execution().abort()
         finally:

@@ -288,7 +288,7 @@ class SessionManager:
         try:
             client = await take_over()
         except BaseException:
-            await live.undo("the client left before the start")
+            await live.undo()
             raise
         live.run(client)
 

@@ -1,4 +1,4 @@
-"""The chain: every kind of tampering is seen, what a crash leaves behind is not taken for one, and no byte is obeyed."""
+"""The chain: tampering of every kind is seen, what a crash leaves is not taken for it, and no byte is obeyed."""
 
 import json
 from collections.abc import Callable, Sequence
