@@ -109,7 +109,7 @@ class Audit:
 
     def attached(self, principal: Principal, session: ExecSession, streams: Iterable[str]) -> None:
         """Somebody is about to attach to `streams` of a session: `stdin`, `stdout`, `stderr`, `logs`. Unavailable."""
-        self._asked_of("attach", principal, session, {"streams": sorted(streams)[:_NAMES]})
+        self._asked_of("attach", principal, session, {"streams": _list(sorted(streams))})
 
     def signalled(self, principal: Principal, session: ExecSession, signal: int, *, grace: float | None = None) -> None:
         """A signal is about to be sent. With a `grace`, in seconds, it is a stop: SIGKILL comes then. Unavailable."""

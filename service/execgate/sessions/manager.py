@@ -29,7 +29,7 @@ from typing import Any, Protocol
 from execgate.containers import proc
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
-from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
+from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed, Unavailable
 from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
 from execgate.model.session import ByteCounts, ExecSession, ExitSource, SessionState
@@ -595,12 +595,19 @@ class SessionManager:
             assert begun is not None
             begun.execution = execution
             turn.until = begun.settled
-            try:
-                await self._ledger.witnessed()
-            except BaseException as error:
-                await begun.undo(str(error))
-                raise
+            await self._witnessed(begun)
             return begun
+
+    async def _witnessed(self, begun: LiveSession) -> None:
+        """Wait until a start may be acted upon, and undo it if it may not. Unavailable."""
+        try:
+            await self._ledger.witnessed()
+        except Unavailable as error:
+            await begun.undo(error.message)
+            raise
+        except BaseException:
+            await begun.undo()
+            raise
 
     @contextlib.asynccontextmanager
     async def _preparation(self, session_id: str) -> AsyncIterator[Callable[[], None]]:
