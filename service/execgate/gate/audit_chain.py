@@ -241,4 +241,5 @@ def _torn(size: int) -> str:
 
 def _rfc3339(time_ns: int) -> str:
     seconds, rest = divmod(time_ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"
+    time = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000, tzinfo=None)
+    return time.isoformat(timespec="microseconds") + "Z"
