@@ -50,6 +50,9 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
         ("listen = ['unix://']", "expected"),
         ("listen = 5", "listen"),
         ("runtimes = ['runc']", "NAME=PATH"),
+        ("audit_max_bytes = -1", "audit_max_bytes"),
+        ("audit_keep = 0", "audit_keep"),
+        ("audit_strict = 'maybe'", "audit_strict"),
         ("state_dir = '/" + "x" * 200 + "'", "state_dir"),
     ],
 )
@@ -109,3 +112,13 @@ def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_empty_variable_is_a_mistake_and_not_a_default() -> None:
     with pytest.raises(InvalidArgument, match="environment: log_level"):
         load({}, {"EXECGATE_LOG_LEVEL": ""})
+
+
+def test_an_audit_log_is_what_is_asked_for(tmp_path: Path) -> None:
+    assert not load({}, {}).audit().enabled
+    assert not load({}, {"EXECGATE_AUDIT_FILE": ""}).audit().enabled
+    assert load({}, {"EXECGATE_AUDIT_STDOUT": "true"}).audit().enabled
+    flags = write(tmp_path, 'audit_file = "/var/log/execgate/audit.log"\naudit_strict = true\n')
+    settings = load({**flags, "state_dir": "/run/x"}, {"EXECGATE_AUDIT_KEEP": "3"}).audit()
+    assert (settings.path, settings.anchor) == (Path("/var/log/execgate/audit.log"), Path("/run/x/audit"))
+    assert (settings.strict, settings.sync, settings.keep) == (True, False, 3)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from execgate.config import load
-from execgate.gate.audit_chain import MAX_LINE, Entry, Finding, Verifier, parse
+from execgate.gate.audit_chain import MAX_LINE, Entry, Finding, Verifier, escape, parse
 from execgate.model.errors import InvalidArgument
 
 _STDIN = "-"
@@ -99,7 +99,7 @@ def _show(arguments: argparse.Namespace) -> int:
             print(f"execgate: {escaped(place)} is no entry of an audit log", file=sys.stderr)
         elif _is_wanted(entry, arguments):
             # Made anew: what stands in the file may not be ours.
-            print(json.dumps(dict(entry.fields)).replace("\x7f", "\\u007f") if arguments.json else _text(entry))
+            print(escape(dict(entry.fields)) if arguments.json else _text(entry))
     return _BROKEN if strange else 0
 
 

@@ -10,11 +10,14 @@ The *values* of the environment, what is read and what is written are in no entr
 
 import contextlib
 import hashlib
+import itertools
 import os
+import re
 import signal as signals
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from execgate.gate.audit_chain import escape
 from execgate.gate.audit_log import AuditLog, AuditSettings
 from execgate.model.access import Asked, Grant, Verb
 from execgate.model.config import ExecConfig, ResolvedUser
@@ -24,14 +27,19 @@ from execgate.model.session import ExecSession, SessionState
 
 Fields = dict[str, Any]
 
-_ARGV, _ENV = 4096, 2048
-"""Bytes of a command, and of the names of an environment, that an entry has; each item counts one more."""
+_ARGV, _ENV, _NAME, _TEXT = 4096, 2048, 256, 512
+"""Bytes that an entry has for a command, for the names of an environment, for any other name, for a sentence or a path.
 
-_NAME, _TEXT = 256, 512
-"""Characters of a name, and of a sentence or a path."""
+They are those of the entry, where JSON takes up to twelve for a character.
+"""
 
-_NAMES = 8
-"""Names that a list of names has."""
+_MOST = 12
+_AROUND = len('"",')
+_PLAIN = re.compile(r"[ !#-\[\]-~]*")
+"""What JSON takes as it is."""
+
+_NAMES, _GIDS = 8, 64
+"""Names that a list of names has, and supplementary groups."""
 
 
 class Audit:
@@ -74,14 +82,14 @@ class Audit:
         Of what is allowed the entry tells what runs: the request with the bounds of the rule in it.
         """
         config = asked.config if grant is None else grant.config
-        outcome = {"reason": reason[:_TEXT]} if grant is None else {"rule": grant.rule[:_NAME]}
+        outcome = {"reason": _cut(reason, _TEXT)} if grant is None else {"rule": _cut(grant.rule)}
         fields = {
             **_identity(principal),
             "verb": Verb.EXEC,
-            "container_id": container_id[:_NAME],
-            "container_name": asked.target.names[0][:_NAME] if asked.target.names else "",
+            "container_id": _cut(container_id),
+            "container_name": _cut(asked.target.names[0]) if asked.target.names else "",
             "engine": asked.target.engine,
-            "image": asked.target.image[:_NAME],
+            "image": _cut(asked.target.image),
             **outcome,
             **_request(config, asked.user),
             **({"host_equivalent": _list(asked.host_equivalent)} if asked.host_equivalent else {}),
@@ -103,8 +111,8 @@ class Audit:
         if session is not None:
             about = {"session": session.id} | _container(session)
         elif container_id or container_name:
-            about = {"container_id": container_id[:_NAME], "container_name": container_name[:_NAME]}
-        fields = _identity(principal) | ({"verb": verb} if verb else {}) | about | {"reason": reason[:_TEXT]}
+            about = {"container_id": _cut(container_id), "container_name": _cut(container_name)}
+        fields = _identity(principal) | ({"verb": verb} if verb else {}) | about | {"reason": _cut(reason, _TEXT)}
         self._log.write("denied", fields)
 
     def attached(self, principal: Principal, session: ExecSession, streams: Iterable[str]) -> None:
@@ -181,7 +189,7 @@ def open_audit(settings: AuditSettings, *, version: str) -> Iterator[Audit]:
     audit = Audit(log)
     try:
         manner = {"strict": settings.strict, "sync": settings.sync}
-        log.begin({"version": version, "pid": os.getpid(), "host": os.uname().nodename[:_NAME], **manner})
+        log.begin({"version": version, "pid": os.getpid(), "host": _cut(os.uname().nodename), **manner})
         yield audit
     finally:
         audit.close()
@@ -191,18 +199,18 @@ def open_audit(settings: AuditSettings, *, version: str) -> Iterator[Audit]:
 
 
 def _about(session: ExecSession) -> Fields:
-    return {"session": session.id, "who": session.owner[:_NAME], **_container(session)}
+    return {"session": session.id, "who": _cut(session.owner), **_container(session)}
 
 
 def _container(session: ExecSession) -> Fields:
     return {
-        "container_id": session.container.container_id[:_NAME],
-        "container_name": session.container.name[:_NAME],
+        "container_id": _cut(session.container.container_id),
+        "container_name": _cut(session.container.name),
     }
 
 
 def _origin(session: ExecSession) -> Fields:
-    fields: Fields = {"rule": session.rule[:_NAME], "engine": session.engine, "image": session.image[:_NAME]}
+    fields: Fields = {"rule": _cut(session.rule), "engine": session.engine, "image": _cut(session.image)}
     return fields | ({"record": session.record} if session.record else {})
 
 
@@ -210,7 +218,7 @@ def _identity(principal: Principal | None) -> Fields:
     """Who asks, with what the kernel or a certificate says besides."""
     if principal is None:
         return {"who": ""}
-    fields: Fields = {"who": principal.id[:_NAME]}
+    fields: Fields = {"who": _cut(principal.id)}
     if others := sorted(principal.names - {principal.name}):
         fields["names"] = _list(others)
     if principal.uid is not None:
@@ -222,9 +230,9 @@ def _identity(principal: Principal | None) -> Fields:
 
 def _request(config: ExecConfig, user: ResolvedUser) -> Fields:
     """An exec in all that matters; what is as usual is left out."""
-    fields = _command(config, user) | {"user": config.user[:_NAME], "gids": list(user.additional_gids[:64])}
+    fields = _command(config, user) | {"user": _cut(config.user), "gids": list(user.additional_gids[:_GIDS])}
     if config.working_dir:
-        fields["cwd"] = config.working_dir[:_TEXT]
+        fields["cwd"] = _cut(config.working_dir, _TEXT)
     if config.env:
         names = [one.partition("=")[0] for one in config.env]
         fields["env"], rest = _within(names, _ENV)
@@ -262,23 +270,42 @@ def _end(session: ExecSession) -> Fields:
     if session.exit is not None:
         fields |= {"code": session.exit.code, "source": session.exit.source}
     if session.error:
-        fields["error"] = session.error[:_TEXT]
+        fields["error"] = _cut(session.error, _TEXT)
     if session.started_at is not None and session.finished_at is not None:
         fields["seconds"] = round(session.finished_at - session.started_at, 6)
     return fields | {"stdin_bytes": moved.stdin, "stdout_bytes": moved.stdout, "stderr_bytes": moved.stderr}
 
 
 def _within(items: Sequence[str], room: int) -> tuple[list[str], bool]:
-    """Return the items that `room` bytes have room for, the last of them cut, and whether anything is missing."""
-    found = []
+    """Return the items for which `room` bytes of an entry suffice, the last one cut, and whether anything is missing."""
+    if sum(map(len, items)) * _MOST + len(items) * _AROUND <= room:
+        return list(items), False
+    found: list[str] = []
     for item in items:
-        size = len(_bytes(item)) + 1
-        if size > room:
-            found.append(_bytes(item)[: max(0, room - 1)].decode(errors="ignore"))
+        room -= _AROUND
+        if room < 0:
             return found, True
-        found.append(item)
-        room -= size
+        found.append(_cut(item, room))
+        if len(found[-1]) < len(item):
+            return found, True
+        room -= _size(item)
     return found, False
+
+
+def _cut(text: str, room: int = _NAME) -> str:
+    """Return as much of a text as `room` bytes of an entry have room for."""
+    if len(text) * _MOST <= room or (len(text) <= room and _size(text) <= room):
+        return text
+    kept = list(text[:room])
+    left = room - sum(map(_size, kept))
+    while left < 0:
+        left += _size(kept.pop())
+    return "".join(kept)
+
+
+def _size(text: str) -> int:
+    """Return how many bytes of an entry a text takes, without its quotes."""
+    return len(text) if _PLAIN.fullmatch(text) else len(escape(text)) - 2
 
 
 def _bytes(text: str) -> bytes:
@@ -286,7 +313,7 @@ def _bytes(text: str) -> bytes:
 
 
 def _list(names: Iterable[str]) -> list[str]:
-    return [name[:_NAME] for name in names][:_NAMES]
+    return [_cut(name) for name in itertools.islice(names, _NAMES)]
 
 
 def _signal_name(number: int) -> str:

@@ -25,8 +25,8 @@ from typing import Any
 RECOVERED, LOST = "recovered", "lost"
 """Entries that tell of the log itself: of a torn line, and of entries that could not be written."""
 
-MAX_LINE = 128 * 1024
-"""Bytes that no entry reaches, whatever is asked for: its fields are bounded (`gate.audit`)."""
+MAX_LINE = 16 * 1024
+"""Bytes that no entry reaches, whatever is asked for: its fields are bounded (`gate.audit`). journald cuts at 48 KB."""
 
 MAX_FINDINGS = 100
 """Breaks and notes that a verification keeps; it counts the others."""
@@ -79,8 +79,12 @@ def digest_of(line: bytes) -> str:
 def encode(link: Link, time_ns: int, event: str, fields: Mapping[str, Any]) -> bytes:
     """Return the line of the entry that follows `link`, without its newline; `time_ns` is since the epoch."""
     entry = {"seq": link.seq + 1, "time": _rfc3339(time_ns), "event": event, **fields, "prev": link.digest}
-    # DEL is ASCII, and terminals obey it.
-    return _ENCODER.encode(entry).replace("\x7f", "\\u007f").encode("ascii")
+    return escape(entry).encode("ascii")
+
+
+def escape(value: object) -> str:
+    """Return a value as JSON in printable ASCII."""
+    return _ENCODER.encode(value).replace("\x7f", "\\u007f")  # DEL is ASCII, and terminals obey it
 
 
 def parse(line: bytes) -> Entry | None:
