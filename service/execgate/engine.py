@@ -24,6 +24,9 @@ from execgate.containers import proc
 from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
 from execgate.gate.audit import open_audit
+from execgate.gate.equivalence import HostEquivalence
+from execgate.gate.policy import default_policy
+from execgate.gate.rules import Policy
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
 from execgate.model.events import Event
@@ -217,6 +220,19 @@ def catalog_of(config: Config) -> Catalog:
         config.runtime_paths(),
         engines=config.engines,
         labels=config.label_filters(),
+    )
+
+
+def host_equivalence_of(config: Config) -> HostEquivalence:
+    """Return what tells whether root in a container is root on this host; who reaches this service may be, too."""
+    sockets = [str(address.path) for address in config.addresses if address.path is not None]
+    return HostEquivalence(sockets=sockets, directories=[str(config.state_dir)])
+
+
+def default_policy_of(config: Config, owner_uid: int) -> Policy:
+    """Return the policy of a service that has no file of it."""
+    return default_policy(
+        owner_uid, allow_privileged=config.allow_privileged, allow_host_equivalent=config.allow_host_equivalent
     )
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from execgate.gate.audit_chain import escape
 from execgate.gate.audit_log import AuditLog, AuditSettings
+from execgate.gate.rules import Refusal
 from execgate.model.access import Asked, Grant, Verb
 from execgate.model.config import ExecConfig, ResolvedUser
-from execgate.model.ids import ContainerId
+from execgate.model.container import Container
 from execgate.model.principal import Principal
 from execgate.model.session import ExecSession, SessionState
 
@@ -43,7 +44,7 @@ _NAMES, _GIDS = 8, 64
 
 
 class Audit:
-    """What there is to tell. A `sessions.ledger.Witness`.
+    """What there is to tell: the `Witness` of a ledger, and the `Journal` of a gate.
 
     With `audit_strict` those that say so raise Unavailable when the entry cannot be written: then it must not be done.
     """
@@ -69,67 +70,44 @@ class Audit:
         """See `Witness`. Unavailable."""
         await self._log.flushed()
 
-    def decision(
-        self,
-        principal: Principal,
-        container_id: ContainerId,
-        asked: Asked,
-        grant: Grant | None,
-        reason: str = "",
-    ) -> None:
-        """An exec is about to be allowed by a `grant`, or is not, for a `reason`. Unavailable, if it is.
+    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Refusal) -> None:
+        """See `Journal`: Unavailable, if it is permitted.
 
-        Of what is allowed the entry tells what runs: the request with the bounds of the rule in it.
+        Of what is permitted the entry tells what runs: the request with the bounds of the rule in it.
         """
-        config = asked.config if grant is None else grant.config
-        outcome = {"reason": _cut(reason, _TEXT)} if grant is None else {"rule": _cut(grant.rule)}
+        granted = isinstance(outcome, Grant)
         fields = {
             **_identity(principal),
             "verb": Verb.EXEC,
-            "container_id": _cut(container_id),
-            "container_name": _cut(asked.target.names[0]) if asked.target.names else "",
+            "container_id": _cut(container.id),
+            "container_name": _cut(container.name),
             "engine": asked.target.engine,
             "image": _cut(asked.target.image),
-            **outcome,
-            **_request(config, asked.user),
+            **_outcome(outcome),
+            **_request(outcome.config if isinstance(outcome, Grant) else asked.config, asked.user),
             **({"host_equivalent": _list(asked.host_equivalent)} if asked.host_equivalent else {}),
         }
-        self._log.write("denied" if grant is None else "allowed", fields, refusable=grant is not None)
+        self._log.write("allowed" if granted else "denied", fields, refusable=granted)
 
-    def refused(
-        self,
-        principal: Principal | None,
-        verb: Verb | None,
-        reason: str,
-        *,
-        session: ExecSession | None = None,
-        container_id: str = "",
-        container_name: str = "",
-    ) -> None:
-        """Anything else was denied, for a `reason`; `principal` None: to somebody who has not said who it is."""
-        about: Fields = {}
-        if session is not None:
-            about = {"session": session.id} | _container(session)
-        elif container_id or container_name:
-            about = {"container_id": _cut(container_id), "container_name": _cut(container_name)}
-        fields = _identity(principal) | ({"verb": verb} if verb else {}) | about | {"reason": _cut(reason, _TEXT)}
-        self._log.write("denied", fields)
+    def refused(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
+        """See `Journal`: never Unavailable, for nothing is done."""
+        about = {"session": session.id, **_container(session), "owner": _cut(session.owner)}
+        self._log.write("denied", {**_identity(principal), "verb": verb, **about})
 
-    def attached(self, principal: Principal, session: ExecSession, streams: Iterable[str]) -> None:
-        """Somebody is about to attach to `streams` of a session: `stdin`, `stdout`, `stderr`, `logs`. Unavailable."""
-        self._asked_of("attach", principal, session, {"streams": _list(sorted(streams))})
+    def attached(self, principal: Principal, session: ExecSession, *, stdin: bool) -> None:
+        """See `Journal`: Unavailable."""
+        self._asked_of("attach", principal, session, {"stdin": stdin})
 
-    def signalled(self, principal: Principal, session: ExecSession, signal: int, *, grace: float | None = None) -> None:
-        """A signal is about to be sent. With a `grace`, in seconds, it is a stop: SIGKILL comes then. Unavailable."""
-        fields: Fields = {"signal": _signal_name(signal)}
-        if grace is None:
-            self._asked_of("signal", principal, session, fields)
+    def signalled(self, principal: Principal, session: ExecSession, signal: str) -> None:
+        """See `Journal`: a number, or `stop`. Unavailable."""
+        if signal == "stop":
+            self._asked_of("stop", principal, session, {})
         else:
-            self._asked_of("stop", principal, session, fields | {"grace": round(grace, 3)})
+            self._asked_of("signal", principal, session, {"signal": _signal_name(signal)})
 
-    def removed(self, principal: Principal, session: ExecSession, *, force: bool = False) -> None:
-        """A session is about to be forgotten, and with `force` killed before. Unavailable."""
-        self._asked_of("remove", principal, session, {"force": True} if force else {})
+    def removed(self, principal: Principal, session: ExecSession) -> None:
+        """See `Journal`: Unavailable. One that runs is killed for it."""
+        self._asked_of("remove", principal, session, {"running": True} if session.running else {})
 
     def close(self) -> None:
         """The service ends, here or in favour of the next; harmless when it was said."""
@@ -152,21 +130,10 @@ class NoAudit(Audit):
     async def flushed(self) -> None:
         """See `Audit`."""
 
-    def decision(
-        self, principal: Principal, container_id: ContainerId, asked: Asked, grant: Grant | None, reason: str = ""
-    ) -> None:
+    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Refusal) -> None:
         """See `Audit`."""
 
-    def refused(
-        self,
-        principal: Principal | None,
-        verb: Verb | None,
-        reason: str,
-        *,
-        session: ExecSession | None = None,
-        container_id: str = "",
-        container_name: str = "",
-    ) -> None:
+    def refused(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
         """See `Audit`."""
 
     def close(self) -> None:
@@ -214,10 +181,14 @@ def _origin(session: ExecSession) -> Fields:
     return fields | ({"record": session.record} if session.record else {})
 
 
-def _identity(principal: Principal | None) -> Fields:
+def _outcome(outcome: Grant | Refusal) -> Fields:
+    if isinstance(outcome, Grant):
+        return {"rule": _cut(outcome.rule)}
+    return {"reason": _cut(outcome.message, _TEXT), "hint": _cut(outcome.hint, _TEXT)}
+
+
+def _identity(principal: Principal) -> Fields:
     """Who asks, with what the kernel or a certificate says besides."""
-    if principal is None:
-        return {"who": ""}
     fields: Fields = {"who": _cut(principal.id)}
     if others := sorted(principal.names - {principal.name}):
         fields["names"] = _list(others)
@@ -277,7 +248,7 @@ def _end(session: ExecSession) -> Fields:
 
 
 def _within(items: Sequence[str], room: int) -> tuple[list[str], bool]:
-    """Return the items for which `room` bytes of an entry suffice, the last one cut, and whether anything is missing."""
+    """Return the items for which `room` bytes of an entry suffice, the last one cut, and whether any is not whole."""
     if sum(map(len, items)) * _MOST + len(items) * _AROUND <= room:
         return list(items), False
     found: list[str] = []
@@ -316,8 +287,8 @@ def _list(names: Iterable[str]) -> list[str]:
     return [_cut(name) for name in itertools.islice(names, _NAMES)]
 
 
-def _signal_name(number: int) -> str:
+def _signal_name(number: str) -> str:
     try:
-        return signals.Signals(number).name
+        return signals.Signals(int(number)).name
     except ValueError:  # a real-time signal
-        return str(number)
+        return _cut(number)

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from execgate import cli
+from execgate.gate.access import Journal
 from execgate.gate.audit import Audit, NoAudit, open_audit
 from execgate.gate.audit_chain import MAX_LINE
 from execgate.gate.audit_log import AuditSettings
+from execgate.gate.rules import Refusal
 from execgate.model.access import Asked, Grant, Target, Verb
 from execgate.model.config import ExecConfig, ResolvedUser
-from execgate.model.container import EngineName
+from execgate.model.container import Container, ContainerStatus, EngineName, OciRuntime
 from execgate.model.errors import StartFailed
 from execgate.model.ids import ContainerId
 from execgate.model.principal import Method, Principal
@@ -32,7 +34,10 @@ ALICE = Principal(
     method=Method.CERTIFICATE, name="alice@example.org", names=frozenset({"alice@example.org", "alice.example.org"})
 )
 USER = Principal(method=Method.UNIX, name="1000", names=frozenset({"1000"}), uid=1000, gids=frozenset({1000}), pid=77)
-WEB = ContainerId("c0ffee" * 10)
+WEB = Container(
+    id=ContainerId("c0ffee" * 10), name="web", runtime=OciRuntime("runc", Path("/bin/runc"), Path("/run/runc")),
+    bundle=Path("/bundle"), status=ContainerStatus.RUNNING, created=0.0,
+)  # fmt: skip
 TARGET = Target(engine=EngineName.DOCKER, names=("web", "web-alias"), image="nginx")
 
 
@@ -120,42 +125,41 @@ def test_a_start_that_failed(path: Path, audit: Audit) -> None:
 def test_decisions(path: Path, audit: Audit) -> None:
     config = ExecConfig(args=("id",), env=("PASSWORD=hunter2",), privileged=True)
     asked = Asked(target=TARGET, config=config, user=ResolvedUser(uid=0, gid=0), host_equivalent=("privileged",))
-    audit.decision(USER, WEB, asked, None, "no rule allows exec in web")
+    audit.decided(USER, WEB, asked, Refusal("you may not", "no rule allows uid 0 in web", visible=True))
     what = {
-        "verb": "exec", "container_id": WEB, "container_name": "web", "engine": "docker", "image": "nginx",
+        "verb": "exec", "container_id": WEB.id, "container_name": "web", "engine": "docker", "image": "nginx",
     }  # fmt: skip
     request = {"argv": ["id"], "uid": 0, "gid": 0, "privileged": True, "user": "", "gids": [], "env": ["PASSWORD"]}
     who = {"who": "unix:1000", "peer_uid": 1000, "peer_pid": 77}
     host = {"host_equivalent": ["privileged"]}
-    assert last(path) == {"event": "denied", **who, **what, "reason": "no rule allows exec in web", **request, **host}
+    why = {"reason": "you may not", "hint": "no rule allows uid 0 in web"}
+    assert last(path) == {"event": "denied", **who, **what, **why, **request, **host}
     grant = Grant(owner=ALICE.id, rule="ops", config=replace(config, timeout=60.0))
-    audit.decision(ALICE, WEB, asked, grant)
+    audit.decided(ALICE, WEB, asked, grant)
     who = {"who": "cert:alice@example.org", "names": ["alice.example.org"]}
     assert last(path) == {"event": "allowed", **who, **what, "rule": "ops", **request, "timeout": 60.0, **host}
     assert b"hunter2" not in path.read_bytes()
 
 
 def test_what_is_asked_of_a_session(path: Path, audit: Audit) -> None:
-    session = new_session(container="web")
+    journal: Journal = audit
+    session = replace(new_session(container="web"), owner="unix:0")
     who = {"who": "unix:1000", "peer_uid": 1000, "peer_pid": 77}
     of = {"session": session.id, "container_id": "web", "container_name": "web"}
-    audit.attached(USER, session, {"stdout", "stdin"})
-    assert last(path) == {"event": "attach", **who, **of, "streams": ["stdin", "stdout"]}
-    audit.signalled(USER, session, 9)
+    journal.attached(USER, session, stdin=True)
+    assert last(path) == {"event": "attach", **who, **of, "stdin": True}
+    journal.signalled(USER, session, "9")
     assert last(path) == {"event": "signal", **who, **of, "signal": "SIGKILL"}
-    audit.signalled(USER, session, 37)
+    journal.signalled(USER, session, "37")
     assert last(path)["signal"] == "37"
-    audit.signalled(USER, session, 15, grace=2.5)
-    assert last(path) == {"event": "stop", **who, **of, "signal": "SIGTERM", "grace": 2.5}
-    audit.removed(USER, session, force=True)
-    assert last(path) == {"event": "remove", **who, **of, "force": True}
-    audit.refused(USER, Verb.KILL, "it is another's", session=session)
-    assert last(path) == {"event": "denied", **who, "verb": "kill", **of, "reason": "it is another's"}
-    audit.refused(None, None, "no certificate")
-    assert last(path) == {"event": "denied", "who": "", "reason": "no certificate"}
-    audit.refused(USER, Verb.TOP, "no rule", container_id=WEB, container_name="web")
-    of = {"container_id": WEB, "container_name": "web"}
-    assert last(path) == {"event": "denied", **who, "verb": "top", **of, "reason": "no rule"}
+    journal.signalled(USER, session, "stop")
+    assert last(path) == {"event": "stop", **who, **of}
+    journal.removed(USER, session)
+    assert last(path) == {"event": "remove", **who, **of}
+    journal.removed(USER, replace(session, state=SessionState.RUNNING))
+    assert last(path) == {"event": "remove", **who, **of, "running": True}
+    journal.refused(USER, session, Verb.KILL)
+    assert last(path) == {"event": "denied", **who, "verb": "kill", **of, "owner": "unix:0"}
 
 
 def test_a_disabled_one_is_nobody(tmp_path: Path) -> None:
@@ -163,12 +167,11 @@ def test_a_disabled_one_is_nobody(tmp_path: Path) -> None:
     with open_audit(AuditSettings(anchor=tmp_path / "anchor"), version="1") as audit:
         assert isinstance(audit, NoAudit)
         audit.step(new_session())
-        audit.decision(
-            USER, WEB, Asked(target=TARGET, config=ExecConfig(args=()), user=ResolvedUser(uid=0, gid=0)), None
-        )
-        audit.refused(None, None, "no")
-        audit.attached(USER, new_session(), ())
-        audit.signalled(USER, new_session(), 9)
+        asked = Asked(target=TARGET, config=ExecConfig(args=()), user=ResolvedUser(uid=0, gid=0))
+        audit.decided(USER, WEB, asked, Refusal("", "", visible=True))
+        audit.refused(USER, new_session(), Verb.KILL)
+        audit.attached(USER, new_session(), stdin=False)
+        audit.signalled(USER, new_session(), "9")
         audit.removed(USER, new_session())
     assert list(tmp_path.iterdir()) == []
 
@@ -214,10 +217,11 @@ def test_an_entry_is_bounded(path: Path, audit: Audit, character: str) -> None:
     principal = Principal(method=Method.CERTIFICATE, name=long, names=frozenset(f"{n}{long}" for n in range(100)))
     target = Target(engine=EngineName.DOCKER, names=(long,), image=long)
     asked = Asked(target=target, config=config, user=session.user, host_equivalent=(long,) * 100)
-    audit.decision(principal, ContainerId(long), asked, None, long)
-    audit.decision(principal, ContainerId(long), asked, Grant(owner=long, rule=long, config=config))
-    audit.refused(principal, Verb.EXEC, long, session=session)
-    audit.attached(principal, session, (long,) * 100)
+    container = replace(WEB, id=ContainerId(long), name=long)
+    audit.decided(principal, container, asked, Refusal(long, long, visible=False))
+    audit.decided(principal, container, asked, Grant(owner=long, rule=long, config=config))
+    audit.refused(principal, session, Verb.EXEC)
+    audit.signalled(principal, session, long)
     lines = path.read_bytes().splitlines()
     assert len(lines) == 9
     assert max(map(len, lines)) < MAX_LINE - 1024
