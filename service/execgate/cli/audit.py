@@ -121,7 +121,7 @@ def _text(entry: Entry) -> str:
     """Return an entry as a line for people: when, what, who, where, which session; then the rest of it."""
     fields = entry.fields
     time, event, who, container, session = (escaped(str(fields.get(name) or "-")) for name in _COLUMNS)
-    rest = [f"{escaped(name)}={_value(value)}" for name, value in fields.items() if name not in _CHAIN]
+    rest = [f"{escaped(name)}={_value(value)}" for name, value in fields.items() if name not in _CHAIN and value != ""]
     return f"{time}  {event:<8}  {who:<12}  {container:<16}  {session[:12]:<12}  {' '.join(rest)}".rstrip()
 
 
