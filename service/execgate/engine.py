@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 DATABASE = "sessions.db"
 _SWEEP_INTERVAL = 15.0
+_SETPCAP = "CAP_SETPCAP"
 
 
 class Engine:
@@ -176,6 +177,7 @@ async def open_engine(
     another program has the state directory, Unavailable when the host lacks something.
     """
     async with contextlib.AsyncExitStack() as cleanup:
+        _check_powers()
         _take_state_dir(config.state_dir, cleanup)
         if witness is None:
             witness = cleanup.enter_context(open_audit(config.audit(), version=__version__))
@@ -283,6 +285,15 @@ def _runtime(config: Config, cgroups: SessionCgroups, store: FdStore) -> ConmonR
 
 def _read_accounts(pid: int) -> tuple[bytes, bytes]:
     return read_in_container(pid, "/etc/passwd"), read_in_container(pid, "/etc/group")
+
+
+def _check_powers() -> None:
+    """Unavailable for a root that cannot take capabilities away: runtimes of some ages hand them all on then."""
+    if os.geteuid() == 0 and _SETPCAP not in capabilities.names(proc.own_capabilities()):
+        raise Unavailable(
+            f"{_SETPCAP} is missing: without it a runtime cannot drop the capabilities that a container must not have",
+            hint="give it back to the service: CapabilityBoundingSet= of its unit, --cap-add of its container",
+        )
 
 
 def _take_state_dir(path: Path, cleanup: contextlib.AsyncExitStack) -> None:
