@@ -51,6 +51,9 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
         ("listen = ['unix://']", "expected"),
         ("listen = 5", "listen"),
         ("runtimes = ['runc']", "NAME=PATH"),
+        ("audit_max_bytes = -1", "audit_max_bytes"),
+        ("audit_keep = 0", "audit_keep"),
+        ("audit_strict = 'maybe'", "audit_strict"),
         ("state_dir = '/" + "x" * 200 + "'", "state_dir"),
     ],
 )
@@ -146,3 +149,13 @@ def test_with_a_policy_its_rules_say_everything(etc: Path, name: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"there is a policy, {etc}/policy\.toml"):
         load(flags, {})
     assert not getattr(load(flags, {f"EXECGATE_ALLOW_{name.upper()}": "false"}), f"allow_{name}")
+
+
+def test_an_audit_log_is_what_is_asked_for(tmp_path: Path) -> None:
+    assert not load({}, {}).audit().enabled
+    assert not load({}, {"EXECGATE_AUDIT_FILE": ""}).audit().enabled
+    assert load({}, {"EXECGATE_AUDIT_STDOUT": "true"}).audit().enabled
+    flags = write(tmp_path, 'audit_file = "/var/log/execgate/audit.log"\naudit_strict = true\n')
+    settings = load({**flags, "state_dir": "/run/x"}, {"EXECGATE_AUDIT_KEEP": "3"}).audit()
+    assert (settings.path, settings.anchor) == (Path("/var/log/execgate/audit.log"), Path("/run/x/audit"))
+    assert (settings.strict, settings.sync, settings.keep) == (True, False, 3)
