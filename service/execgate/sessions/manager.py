@@ -608,7 +608,8 @@ class SessionManager:
         preserved: Sequence[int],
         intended: Callable[[], None] = lambda: None,
     ) -> LiveSession:
-        async with self._gate.turn() as turn, self._preparation(session_id) as settled:
+        whose = self.inspect(session_id).container.container_id
+        async with self._gate.turn(whose) as turn, self._preparation(session_id) as settled:
             session = self.inspect(session_id)
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
