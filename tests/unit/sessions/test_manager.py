@@ -13,7 +13,7 @@ import pytest
 
 from execgate.model.config import ConsoleSize, ExecConfig
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, OciRuntime
-from execgate.model.errors import Conflict, Exhausted, NotFound, StartFailed, Unavailable
+from execgate.model.errors import Conflict, Exhausted, Internal, NotFound, StartFailed, Unavailable
 from execgate.model.ids import ContainerId, SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
@@ -851,3 +851,15 @@ async def test_a_start_whose_monitor_comes_too_late_for_a_reload(world: World, m
     assert world.said == ["close"]
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
+
+
+@pytest.mark.parametrize("spec", [{}, {"process": []}, {"process": {"args": ["init"], "env": 5}}])
+async def test_a_configuration_that_is_none(world: World, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exec in a container whose config.json was broken since is refused, at create and at start."""
+    session = await world.create()
+    monkeypatch.setattr(world.containers, "spec", lambda _: spec)
+    with pytest.raises(Internal, match="cannot be read"):
+        await world.create()
+    with pytest.raises(Internal, match="cannot be read"):
+        await world.manager.start_detached(session.id)
+    assert not world.runtime.executions
