@@ -142,7 +142,7 @@ def _requests(events: Sequence[Event]) -> Iterator[tuple[bytes, _Request]]:
 
 
 def _fields(pairs: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return fields with names in lower case, and also the one value in which case means nothing and h11 makes it so."""
+    """Return fields with names in lower case; and the one value whose case means nothing, which h11 changes."""
     found = ((name.lower(), value) for name, value in pairs)
     return [(name, value.lower() if name == b"transfer-encoding" else value) for name, value in found]
 
@@ -179,9 +179,7 @@ def _aiohttp(raw: bytes, make: Callable[..., Any] = HttpRequestParser) -> _Reque
         return None
     assert payload.is_eof(), "waits for more"
     assert not tail, f"leaves {tail!r}"
-    return _Request(
-        message.method.encode(), message.path.encode(), _fields(message.raw_headers), payload.read_nowait()
-    )
+    return _Request(message.method.encode(), message.path.encode(), _fields(message.raw_headers), payload.read_nowait())
 
 
 def _aiohttp_in_python(raw: bytes) -> _Request | None:
@@ -239,6 +237,8 @@ def bodies(data: bytes) -> None:
             _attempt(data, body.size)
         if isinstance(body, CreateBody):
             _check_config(data, body)
+
+
 _SESSION = ExecSession(
     id=SessionId("a" * 64),
     container=ContainerBinding(ContainerId("c" * 64), "db", ProcessIdentity(1, 2), "boot"),
@@ -292,7 +292,7 @@ def _check_second_reader(data: bytes, body: request_bodies.Body) -> None:
     assert len(folded) == len(names)
     given = {name: item for name, item in folded.items() if item is not None}
     for name, field in type(body).model_fields.items():
-        expected = given.get(field.alias, field.get_default(call_default_factory=True))
+        expected = given.get(str(field.alias), field.get_default(call_default_factory=True))
         assert getattr(body, name) == expected, name
 
 
@@ -352,7 +352,7 @@ def queries(data: bytes) -> None:
         assert moment is None or isinstance(moment, InvalidArgument) or abs(moment) <= 10**20
     readers: list[tuple[Callable[[web.Request], Any], int]] = [
         (sessions._after, 10**18),
-        (sessions._limit, sessions.MAX_OUTPUT),
+        (sessions._limit, request_bodies.MAX_OUTPUT),
         (containers._limit, 10**10),
         (functools.partial(execs._dimension, key="h", name="height"), 2**16 - 1),
     ]
@@ -373,7 +373,9 @@ def _check_filters(data: bytes, text: str) -> None:
         return
     assert all(isinstance(value, str) for values in filters.values() for value in values)
     assert _attempt(data, parse_filters, json.dumps(filters), filters) == filters
-    event = BusEvent(action="exec_start: sh", container_id="c" * 64, attributes={"name": "db", "image": "a"}, time_ns=1)
+    event = BusEvent(
+        action="exec_start: sh", container_id=ContainerId("c" * 64), attributes={"name": "db", "image": "a"}, time_ns=1
+    )
     assert events.matches(event, {}) is True
     events.matches(event, filters)
     for label in filters.get("label", []):
@@ -402,10 +404,36 @@ TARGETS = (
         is_json=True,
         tokens=(
             *(b'"Cmd"', b'"cmd"', b'["true"]', b'"AttachStdin"', b'"AttachStdout"', b'"AttachStderr"', b'"DetachKeys"'),
-            *(b'"Env"', b'["A=b"]', b'"Tty"', b'"Privileged"', b'"User"', b'"WorkingDir"', b'"ConsoleSize"', b"[24,80]"),
+            *(
+                b'"Env"',
+                b'["A=b"]',
+                b'"Tty"',
+                b'"Privileged"',
+                b'"User"',
+                b'"WorkingDir"',
+                b'"ConsoleSize"',
+                b"[24,80]",
+            ),
             *(b'"Detach"', b'"h"', b'"w"', b'"Force"', b'"Stdin"', b'"Encoding"', b'"base64"', b'"utf-8"', b"[0,0]"),
-            *(b'"OutputLimit"', b'"Timeout"', b'"Labels"', b'{"a":"b"}', b'"CaptureStdout"', b'"OnDisconnect"', b"1e999"),
-            *(b'"PreserveFds"', b'"PreserveFd"', b'"keep"', b'"ctrl-p,ctrl-q"', b'"ctrl-@"', b"null", b"true", b"false"),
+            *(
+                b'"OutputLimit"',
+                b'"Timeout"',
+                b'"Labels"',
+                b'{"a":"b"}',
+                b'"CaptureStdout"',
+                b'"OnDisconnect"',
+                b"1e999",
+            ),
+            *(
+                b'"PreserveFds"',
+                b'"PreserveFd"',
+                b'"keep"',
+                b'"ctrl-p,ctrl-q"',
+                b'"ctrl-@"',
+                b"null",
+                b"true",
+                b"false",
+            ),
             *(b"65536", b"4294967295", b"4294967296", b"-1", b"1.5", b"NaN", b"Infinity", b'"\\ud800"', b'"\\u0000"'),
             *(b'"/proc/self/fd/7"', b'"\\u212A"', b'"\xc5\xbf"', b"[[[[", b'{"":', b"\xef\xbb\xbf", b'"Cmd":["a"],'),
         ),
@@ -413,12 +441,46 @@ TARGETS = (
     Target(
         check=queries,
         tokens=(
-            *(b"/v1.44/", b"/v4.0.0/libpod/", b"/libpod/", b"/containers/c/json?", b"/exec/0/kill?signal=", b"&", b"=", b"%"),
+            *(
+                b"/v1.44/",
+                b"/v4.0.0/libpod/",
+                b"/libpod/",
+                b"/containers/c/json?",
+                b"/exec/0/kill?signal=",
+                b"&",
+                b"=",
+                b"%",
+            ),
             *(b"since=", b"until=", b"filters=", b"after=", b"limit=", b"h=", b"w=", b"encoding=base64", b"stdout=1"),
-            *(b"stderr=0", b"force=", b"t=", b"signal=RTMIN%2B3", b"SIGKILL", b"RTMAX-1", b"1700000000.000000001", b"1e9"),
-            *(b"%7B%22label%22%3A%5B%22a%3Db%22%5D%7D", b"%7B%22status%22%3A%7B%22running%22%3Atrue%7D%7D", b"%22", b"%5B"),
+            *(
+                b"stderr=0",
+                b"force=",
+                b"t=",
+                b"signal=RTMIN%2B3",
+                b"SIGKILL",
+                b"RTMAX-1",
+                b"1700000000.000000001",
+                b"1e9",
+            ),
+            *(
+                b"%7B%22label%22%3A%5B%22a%3Db%22%5D%7D",
+                b"%7B%22status%22%3A%7B%22running%22%3Atrue%7D%7D",
+                b"%22",
+                b"%5B",
+            ),
             *(b"%00", b"%ff", b"%ed%a0%80", b"+", b"NaN", b"Infinity", b"1e9999999999", b"-1", b"99999999999999999999"),
-            *(b"http://h/", b"http://[::1]/", b"http://h:99999999/", b"?", b"//", b"..", b"%2e%2e", b"%2F", b"{}", b'{"a":[]}'),
+            *(
+                b"http://h/",
+                b"http://[::1]/",
+                b"http://h:99999999/",
+                b"?",
+                b"//",
+                b"..",
+                b"%2e%2e",
+                b"%2F",
+                b"{}",
+                b'{"a":[]}',
+            ),
         ),
     ),
 )

@@ -1,6 +1,5 @@
 """What comes in pieces: from a process, its monitor, its runtime, and from a client's terminal."""
 
-import json
 import re
 from collections.abc import Sequence
 
@@ -164,25 +163,90 @@ TARGETS = (
     Target(
         check=stdcopy_frames,
         tokens=(
-            *(b"\x01\0\0\0\0\0\0\x05hello", b"\x02\0\0\0\0\0\0\x01x", b"\x00\0\0\0\0\0\0\x01x", b"\x03\0\0\0\0\0\0\x01x"),
-            *(b"\x01\0\0\0\0\0\0\0", b"\x01\x01\0\0\0\0\0\x01x", b"\x01\0\0\0\xff\xff\xff\xff", b"\x01\0\0\0\0\0\x01\0"),
+            *(
+                b"\x01\0\0\0\0\0\0\x05hello",
+                b"\x02\0\0\0\0\0\0\x01x",
+                b"\x00\0\0\0\0\0\0\x01x",
+                b"\x03\0\0\0\0\0\0\x01x",
+            ),
+            *(
+                b"\x01\0\0\0\0\0\0\0",
+                b"\x01\x01\0\0\0\0\0\x01x",
+                b"\x01\0\0\0\xff\xff\xff\xff",
+                b"\x01\0\0\0\0\0\x01\0",
+            ),
         ),
     ),
     Target(check=attach_packets, max_length=2 * INPUT_MAX, tokens=(b"\x02out", b"\x03err", b"\x01", b"\0", b"\xff")),
     Target(
         check=detach_keys,
         tokens=(
-            *(b"ctrl-p,ctrl-q\n", b"ctrl-p", b"ctrl-@", b"ctrl-[", b"ctrl-_", b"ctrl-\\", b"DEL", b",", b"a,a,b\n", b"\n"),
-            *(b"\x10\x11", b"\x10", b"\x11", b"\0", b"aab", b"aa", b"ctrl-", b"a,b,a,c\n", b"abab", b"abac", b"\xc3\xa9"),
+            *(
+                b"ctrl-p,ctrl-q\n",
+                b"ctrl-p",
+                b"ctrl-@",
+                b"ctrl-[",
+                b"ctrl-_",
+                b"ctrl-\\",
+                b"DEL",
+                b",",
+                b"a,a,b\n",
+                b"\n",
+            ),
+            *(
+                b"\x10\x11",
+                b"\x10",
+                b"\x11",
+                b"\0",
+                b"aab",
+                b"aa",
+                b"ctrl-",
+                b"a,b,a,c\n",
+                b"abab",
+                b"abac",
+                b"\xc3\xa9",
+            ),
         ),
     ),
     Target(
         check=sync_lines,
         max_length=2 * MAX_LINE,
         tokens=(
-            *(b'{"data": 1}\n', b'{"data": -1, "message": "no"}\n', b'{"data"', b': 7', b', "message": "', b'"}', b"\n"),
-            *(b"2147483647", b"-2147483648", b"2147483648", b"1.0", b"true", b"null", b"\\u0000", b"\\ud800", b'\\"', b"\x1f"),
-            *(b"\xff", b"[[[[[[[[", b'{"":', b"\xed\xa0\x80", b"\\u00", b"  ", b"1e5", b"NaN", b"1" * 40, b"{", b"}", b"\r"),
+            *(
+                b'{"data": 1}\n',
+                b'{"data": -1, "message": "no"}\n',
+                b'{"data"',
+                b": 7",
+                b', "message": "',
+                b'"}',
+                b"\n",
+            ),
+            *(
+                b"2147483647",
+                b"-2147483648",
+                b"2147483648",
+                b"1.0",
+                b"true",
+                b"null",
+                b"\\u0000",
+                b"\\ud800",
+                b'\\"',
+                b"\x1f",
+            ),
+            *(
+                b"\xff",
+                b"[[[[[[[[",
+                b'{"":',
+                b"\xed\xa0\x80",
+                b"\\u00",
+                b"  ",
+                b"1e5",
+                b"NaN",
+                b"1" * 40,
+                b"{",
+                b"}",
+                b"\r",
+            ),
         ),
     ),
     Target(
@@ -190,8 +254,23 @@ TARGETS = (
         is_json=True,
         tokens=(
             *(b'{"level":"error","msg":"', b'"}\n', b'"level"', b'"msg"', b'"fatal"', b'"error"', b"permission denied"),
-            *(b"no such file or directory", b"executable file not found", b"is a directory", b"\\u001b[31m", b"\\ud800", b"\n"),
-            *(b"open executable: operation not permitted", b"\x1b]0;", b"\xc2\x9b", b"[[[[", b"\xff", b"\xe2\x80\xa8", b"\r"),
+            *(
+                b"no such file or directory",
+                b"executable file not found",
+                b"is a directory",
+                b"\\u001b[31m",
+                b"\\ud800",
+                b"\n",
+            ),
+            *(
+                b"open executable: operation not permitted",
+                b"\x1b]0;",
+                b"\xc2\x9b",
+                b"[[[[",
+                b"\xff",
+                b"\xe2\x80\xa8",
+                b"\r",
+            ),
         ),
     ),
 )

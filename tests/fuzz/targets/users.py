@@ -83,9 +83,7 @@ def _read_group(data: bytes) -> list[GroupEntry]:
     return found
 
 
-def _resolve(
-    spec: str, passwd: list[PasswdEntry], group: list[GroupEntry], default: ResolvedUser
-) -> _Expected | None:
+def _resolve(spec: str, passwd: list[PasswdEntry], group: list[GroupEntry], default: ResolvedUser) -> _Expected | None:
     """Resolve a user by the rules at the head of `oci.users`; None where they say 400."""
     if spec.count(":") > 1:
         return None
