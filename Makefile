@@ -8,7 +8,7 @@ export PYTHONPATH := tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-stop test check bench plot soak lock clean host engines venv
+.PHONY: help demo demo-stop test check bench plot soak fuzz lock clean host engines venv
 
 help:                 ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +38,9 @@ plot: .venv-plot/.ready  ## renew figures and plot of docs/benchmarks.md from wh
 soak: engines venv      ## a random mix of everything with kills and reloads, SECONDS=600, SEED=
 	@$(VENV)/bin/python -m soak --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
 
+fuzz: .venv-fuzz/.ready  ## every parser on hostile input, guided by coverage, SECONDS=60 for each, TARGET=
+	@PYTHONPATH=tests:service .venv-fuzz/bin/python -m fuzz --seconds $(or $(SECONDS),60) $(addprefix --target ,$(TARGET))
+
 lock:                 ## write requirements/*.txt anew; UPGRADE=1 takes newer versions
 	@scripts/lock $(if $(UPGRADE),--upgrade)
 
@@ -59,6 +62,9 @@ $(VENV)/.ready: requirements/dev.txt pyproject.toml scripts/make-venv | host
 
 .venv-plot/.ready: requirements/plot.txt scripts/make-venv | host
 	@scripts/make-venv $(PYTHON) $(@D) requirements/plot.txt
+
+.venv-fuzz/.ready: requirements/fuzz.txt scripts/make-venv | host
+	@scripts/make-venv $(PYTHON) $(@D) requirements/fuzz.txt
 
 .venv-%/.ready: requirements/dev.txt pyproject.toml scripts/make-venv
 	@scripts/make-venv $(VENV_PYTHON) $(@D)

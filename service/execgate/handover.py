@@ -24,6 +24,7 @@ from execgate.keeper.protocol import ONCE, close_all
 from execgate.model.events import Event
 from execgate.model.ids import SessionId, parse_session_id
 from execgate.model.session import ByteCounts
+from execgate.oci.text import shown
 from execgate.sessions.backlog import Chunk, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.live import Attachment, Handed
@@ -103,30 +104,42 @@ def take(link: KeeperLink, streams: OpenStreams) -> Handover | None:
     with os.fdopen(fd, "rb") as file:
         file.seek(0)
         text = file.read()
-    found = Handover()
     try:
-        document = json.loads(text, object_hook=_decoded)
-        if document["version"] != _VERSION:
-            raise ValueError(f"version {document['version']}")
-        found.connections = [
-            Connection(fds.pop(one["fd"]), one["read"], _progress_of(one["progress"]))
-            for one in document["connections"]
-            if one["fd"] in fds
-        ]
-        collectors = {
-            one.progress.session_id: one.progress.collector for one in found.connections if one.progress is not None
-        }
-        for session_id, fields in document["sessions"].items():
-            if (known := parse_session_id(session_id)) is not None:
-                found.sessions[known] = _restored(fields, fds, streams, collectors.get(known))
-        for fields in document["farewells"]:
-            if fields["state"]["finished"]:  # else nobody would ever end it
-                _stream(fields, fds, streams)
-        found.events = [Event(**fields) for fields in document["events"]]
-        found.next_event = document["next_event"]
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        log.error("what the service before this one has left cannot be understood: %r", error)
+        found = _understood(json.loads(text, object_hook=_decoded), fds, streams)
+    except Exception as error:  # there is no end to what can be wrong with it
+        # Not the error's repr: it may hold the whole document, and that what clients have sent.
+        reason = shown(f"{type(error).__name__}: {error}")
+        log.error("what the service before this one has left cannot be understood: %s", reason)
+        for stream in streams:
+            stream.abandon()
+        found = Handover()
     close_all(fds.values())
+    return found
+
+
+def _understood(document: dict[str, Any], fds: dict[str, int], streams: OpenStreams) -> Handover:
+    """Return what a document says, and take the descriptors that it speaks of out of `fds`.
+
+    Raises whatever it is that something is wrong with, and has taken no connection then.
+    """
+    if document["version"] != _VERSION:
+        raise ValueError(f"version {document['version']}")
+    found = Handover()
+    connections = [
+        (one["fd"], one["read"], _progress_of(one["progress"])) for one in document["connections"] if one["fd"] in fds
+    ]
+    collectors = {progress.session_id: progress.collector for _, _, progress in connections if progress is not None}
+    for session_id, fields in document["sessions"].items():
+        if (known := parse_session_id(session_id)) is not None:
+            found.sessions[known] = _restored(fields, fds, streams, collectors.get(known))
+    for fields in document["farewells"]:
+        if fields["state"]["finished"]:  # else nobody would ever end it
+            _stream(fields, fds, streams)
+    found.events = [Event(**fields) for fields in document["events"]]
+    found.next_event = document["next_event"]
+    for name, read, progress in connections:
+        if (fd := fds.pop(name, None)) is not None:
+            found.connections.append(Connection(fd, read, progress))
     return found
 
 

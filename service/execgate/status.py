@@ -46,5 +46,5 @@ def read_status(state_dir: Path) -> Status | None:
         fields = json.loads((state_dir / _NAME).read_text(encoding="utf-8"))
         keeper, worker = ProcessIdentity(**fields["keeper"]), ProcessIdentity(**fields["worker"])
         return Status(keeper, worker, str(fields["version"]), str(fields["failure"]), int(fields["failures"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -33,6 +33,7 @@ BODIES: dict[str, bytes] = {
     "a lone surrogate in the environment": b'{"Cmd": ["true"], "Env": ["A=\\udc00"]}',
     "a lone surrogate in the user": b'{"Cmd": ["true"], "User": "\\udfff"}',
     "a lone surrogate in the directory": b'{"Cmd": ["true"], "WorkingDir": "/\\ud800"}',
+    "a lone surrogate in a label": b'{"Cmd": ["true"], "Labels": {"a": "\\ud800"}}',
     "a lone surrogate in the detach keys": b'{"Cmd": ["true"], "DetachKeys": "\\ud800"}',
     "a NUL in an argument": b'{"Cmd": ["a\\u0000b"]}',
     "a NUL in the environment": b'{"Cmd": ["true"], "Env": ["A=a\\u0000b"]}',

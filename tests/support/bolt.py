@@ -84,7 +84,7 @@ def meta_page(root: int, txid: int, *, page_size: int = 4096, magic: int = 0xED0
     """Return the meta page that names the root page of state `txid`; it belongs to page `txid % 2`."""
     end = 1 << 20  # the high water mark, which only a writer needs
     meta = struct.pack("=IIIIQQQQQ", magic, version, page_size, 0, root, 0, 2, end, txid)
-    return _page(txid % 2, _META, 0, meta + struct.pack("=Q", _fnv1a(meta)), page_size)
+    return _page(txid % 2, _META, 0, meta + struct.pack("=Q", checksum(meta)), page_size)
 
 
 def bolt_file(tree: Tree, *, page_size: int = 4096, inline: bool = True, txid: int = 7) -> bytes:
@@ -120,7 +120,8 @@ def _contents(elements: Sequence[_Element]) -> bytes:
     return bytes(heads + data)
 
 
-def _fnv1a(data: bytes) -> int:
+def checksum(data: bytes) -> int:
+    """Return the checksum of a meta page, 64-bit FNV-1a."""
     value = 14695981039346656037
     for byte in data:
         value = ((value ^ byte) * 1099511628211) & 0xFFFF_FFFF_FFFF_FFFF

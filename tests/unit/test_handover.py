@@ -1,10 +1,13 @@
 """What one service leaves and the next finds, with a keeper that has no room for all of it."""
 
 import asyncio
+import json
 import os
 import socket
 from collections.abc import Iterable, Mapping
 from typing import cast
+
+import pytest
 
 from execgate import handover
 from execgate.http.hijack import OpenStreams, StreamState
@@ -29,6 +32,16 @@ class FakeLink:
 
     def keep(self, descriptors: Mapping[str, int]) -> None:
         self._kept |= {name: os.dup(fd) for name, fd in descriptors.items() if name not in self._lost}
+
+    def damage(self, document: bytes | None) -> None:
+        """Replace the document; None: by itself without its last field, when everything else was understood."""
+        fd = self._kept[f"{ONCE}document"]
+        if document is None:
+            fields = json.loads(os.pread(fd, 1 << 20, 0))
+            del fields["next_event"]
+            document = json.dumps(fields).encode()
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, document, 0)
 
     def take(self, name: str) -> int | None:
         return self._kept.pop(name, None)
@@ -72,3 +85,31 @@ async def test_a_connection_that_was_not_kept_costs_no_other_one() -> None:
         os.close(connection.fd)
     for one in [*peers, *(theirs for _, theirs in pairs)]:
         one.close()
+
+
+@pytest.mark.parametrize("damage", [b'{"version": 2', b"[" * 100_000, b"\xff", b'{"version": "SECRET"}', None])
+async def test_a_document_that_cannot_be_understood(damage: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    """It costs all clients their connections, at once, and tells the log nothing of what they have sent."""
+    streams = OpenStreams()
+    (ours, theirs), (other, caller) = socket.socketpair(), socket.socketpair()
+    state = StreamState(dialect="docker", multiplexed=False, unsent=b"SECRET", head=None, unread=b"", eof=False)
+    client = restore(ours.detach(), state, streams)
+    live = Handed(attachments=[Attachment(client=client, first=True, stdin=True)])
+    sessions = {new_session_id(): HandedSession(live, Remembered())}
+    link = FakeLink(lost=[])
+    connection = handover.Connection(other.detach(), b"SECRET", None)
+    handover.give(cast("KeeperLink", link), streams, sessions, [connection], EventBus())
+    for stream in streams:
+        stream.abandon()
+    link.damage(damage)
+
+    after = OpenStreams()
+    found = handover.take(cast("KeeperLink", link), after)
+    assert found == handover.Handover()
+    assert not after
+    for peer in (theirs, caller):
+        peer.settimeout(SOON)
+        assert peer.recv(100) == b""
+        peer.close()
+    assert "cannot be understood" in caplog.text
+    assert "U0VDUkVU" not in caplog.text, "base64 of what is secret"

@@ -10,12 +10,16 @@ descriptors.
 import errno
 import json
 import os
+import re
 import stat
 import time
 from pathlib import Path
 from typing import Any
 
 from execgate.model.errors import ExecgateError, Internal, NotFound, Unavailable
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+"""What a surrogate looks like in JSON, lone or not."""
 
 FileKey = tuple[int, int, int, int]
 """What changes when a file does: mtime in nanoseconds, size in bytes, inode, device."""
@@ -112,13 +116,26 @@ def read_json(path: Path, *, limit: int, follow: bool = False) -> tuple[dict[str
     """Return the JSON object in a file, and the key of what was read. No JSON, or no object, is Internal."""
     data, key = read_regular(path, limit=limit, follow=follow)
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except (ValueError, RecursionError) as error:
         # The text of the error is left out: it may quote what the file holds.
         raise Internal("a file of the host cannot be read", hint=f"{path}: not JSON") from error
     if not isinstance(value, dict):
         raise Internal("a file of the host cannot be read", hint=f"{path}: not a JSON object")
     return value, key
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Return what a JSON text of an engine or a runtime says. ValueError, RecursionError.
+
+    Every text in it can be encoded. Like Go's decoder this takes U+FFFD for what is no UTF-8; the escape of a lone
+    surrogate becomes a question mark. Else whoever puts such a name into a record would fail.
+    """
+    text = data if isinstance(data, str) else data.decode(errors="replace")
+    value = json.loads(text)
+    if _SURROGATE.search(text):
+        return json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    return value
 
 
 def read_kernel(path: str) -> bytes | None:

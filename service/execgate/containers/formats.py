@@ -24,6 +24,9 @@ EXEC_FIFO = "exec.fifo"
 _CONTAINER_ID = re.compile(r"[A-Za-z0-9_+.][A-Za-z0-9_+.-]{0,254}")
 
 
+_LAST_SECOND = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC).timestamp()
+
+
 class MalformedError(ValueError):
     """A state file does not say what a state file must."""
 
@@ -110,7 +113,8 @@ def _bundle(path: object) -> Path:
 def parse_time(text: object) -> float:
     """Return an RFC 3339 time in seconds since the epoch; 0.0 for anything else and for Go's zero time.
 
-    Only lists depend on it.
+    Only lists depend on it. A time that is written in the year 9999 and is in the next one in UTC can be said of
+    nothing either.
     """
     try:
         moment = datetime.fromisoformat(text) if isinstance(text, str) else None
@@ -118,4 +122,5 @@ def parse_time(text: object) -> float:
         moment = None
     if moment is None:
         return 0.0
-    return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return seconds if 0 <= seconds <= _LAST_SECOND else 0.0

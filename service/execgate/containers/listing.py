@@ -11,8 +11,8 @@ class Listing:
 
     One that changed just before it was read is read again at the next question, until its key is settled.
 
-    One that does not exist has none. Names that begin with a dot are the owner's own (crun's `.cache`), symlinks are
-    nobody's.
+    One that does not exist has none. Names that begin with a dot are the owner's own (crun's `.cache`); symlinks, and
+    names that are no UTF-8, are nobody's.
     """
 
     def __init__(self, path: str, *, directories: bool = True) -> None:
@@ -43,6 +43,7 @@ class Listing:
                     entry.name
                     for entry in entries
                     if not entry.name.startswith(".")
+                    and _is_text(entry.name)
                     and (
                         entry.is_dir(follow_symlinks=False)
                         if self._directories
@@ -59,3 +60,8 @@ class Listing:
     def _replace(self, names: frozenset[str]) -> None:
         if names != self._names:
             self._names = names
+
+
+def _is_text(name: str) -> bool:
+    """Return whether the name of a file can be encoded; Python shows bytes that are no UTF-8 as lone surrogates."""
+    return name.isascii() or not any("\udc80" <= character <= "\udcff" for character in name)

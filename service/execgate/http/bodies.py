@@ -1,8 +1,9 @@
 """Request bodies: read once, bounded, parsed into one model; that object is decided on and that object is executed.
 
-Go's decoder, which Docker's clients are used to, matches keys in any case, takes null for a field's zero value, and
-ignores unknown fields. So does this. Where Go silently takes the last of two equal keys, this refuses: two readers of
-one body must never read two different requests (CVE-2024-41110 and its kind).
+Go's decoder, which Docker's clients are used to, matches the names of fields in any case, takes null for a field's zero
+value, and ignores unknown fields. So does this. Where Go silently takes the last of two equal keys, this refuses: two
+readers of one body must never read two different requests (CVE-2024-41110 and its kind). The keys of labels are no
+names of fields: their case is the client's.
 """
 
 import json
@@ -132,7 +133,7 @@ def check_content_type(request: web.Request) -> None:
 def parse_body(data: bytes, model: type[_Model]) -> _Model:
     """Parse `data` as `model`. InvalidArgument for what is no JSON, no object, or has the wrong types."""
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_folded, parse_constant=_refuse_constant)
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except InvalidArgument:
         raise
     except RecursionError:
@@ -143,8 +144,9 @@ def parse_body(data: bytes, model: type[_Model]) -> _Model:
         return model()
     if not isinstance(value, dict):
         raise InvalidArgument("invalid JSON: the body must be an object")
+    fields = _unique([(_folded(key), item) for key, item in value.items()])
     try:
-        return model.model_validate({key: item for key, item in value.items() if item is not None})
+        return model.model_validate({key: item for key, item in fields.items() if item is not None})
     except ValidationError as error:
         raise InvalidArgument(f"invalid JSON: {_explain(error, model)}") from error
 
@@ -158,11 +160,16 @@ def console_size(box: Sequence[int] | None) -> ConsoleSize | None:
     return ConsoleSize(height=box[0], width=box[1])
 
 
-def _folded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    folded = {key.lower(): value for key, value in pairs}
-    if len(folded) != len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise InvalidArgument("invalid JSON: a key is given twice")
-    return folded
+    return unique
+
+
+def _folded(name: str) -> str:
+    """Return the name of a field as Go compares it: in lower case, and U+017F is an s (encoding/json: foldName)."""
+    return name.lower().replace("\u017f", "s")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -10,12 +10,12 @@ the container's or when Privileged was asked for, the capabilities.
 
 import posixpath
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
 from execgate.model.container import PLAIN, ExecManner
-from execgate.model.errors import InvalidArgument
+from execgate.model.errors import Internal, InvalidArgument
 from execgate.oci.text import shown
 from execgate.oci.users import container_user
 
@@ -25,6 +25,7 @@ MAX_STRING = 131071
 MAX_TOTAL = 2 * 1024 * 1024
 """Bytes of all arguments and entries, pointers included: ARG_MAX under the usual 8 MiB stack, execve(2)."""
 
+_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 _PROCESS = r"/proc/[^/]+(?:/task/[^/]+)?"
 # /dev/fd is a link to /proc/self/fd in every container; root, of one of its own processes, leads to where it began.
 _FD_DIRECTORY = re.compile(rf"(?:{_PROCESS}/root)*(?:{_PROCESS}|/dev)/fd(?:/.*)?", re.DOTALL)
@@ -46,7 +47,25 @@ def validate_config(config: ExecConfig) -> None:
     if any(entry.startswith("=") for entry in config.env):
         raise InvalidArgument("invalid environment variable: its name is empty")
     _checked_size(config.user, "the user")
+    for text in (text for label in config.labels.items() for text in label):
+        _checked_text(text, "a label")
     _check_working_dir(config.working_dir)
+
+
+def process_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `process` of a container's config.json.
+
+    Raises Internal when there is none, or when a part of it that an exec builds upon is of a wrong type. The runtime
+    read the file when it made the container, so this one was changed since; to do without that part might make an exec
+    freer than the container.
+    """
+    process = spec.get("process")
+    if not isinstance(process, Mapping):
+        raise _unreadable("process")
+    for name, fits in _SHAPES.items():
+        if process.get(name) is not None and not fits(process[name]):
+            raise _unreadable(f"process.{name}")
+    return process
 
 
 def build_process(
@@ -61,8 +80,8 @@ def build_process(
 ) -> dict[str, Any]:
     """Return the process.json of an exec, ready for `json.dumps`.
 
-    `container_process` is `process` of the container's config.json, any part of which may be missing. It is not
-    changed, and the result shares its parts. `console_size` counts only with a TTY; `all_capabilities` are what
+    `container_process` is what `process_of` returns, any part of which may be missing. It is not changed, and the
+    result shares its parts. `console_size` counts only with a TTY; `all_capabilities` are what
     Privileged means; `manner` is how the container's engine departs from all this; `default_limits` are the soft and
     hard limits that count where the container names none.
     """
@@ -88,17 +107,54 @@ def build_process(
     return process
 
 
+def _unreadable(what: str) -> Internal:
+    hint = f"config.json: {what} is not what it must be"
+    return Internal("the configuration of the container cannot be read", hint=hint)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_capabilities(value: object) -> bool:
+    return isinstance(value, Mapping) and all(value.get(name) is None or _is_texts(value[name]) for name in _SETS)
+
+
+def _is_limits(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, Mapping) and isinstance(item.get("type"), str) for item in value
+    )
+
+
+def _is_user(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("additionalGids") or [], list)
+
+
+_SHAPES: Mapping[str, Callable[[object], bool]] = {
+    "cwd": lambda value: isinstance(value, str),
+    "env": _is_texts,
+    "user": _is_user,
+    "capabilities": _is_capabilities,
+    "rlimits": _is_limits,
+}
+
+
 def _checked_size(text: str, what: str) -> int:
     """Return what `text` costs in execve(2): its bytes, a NUL, a pointer."""
     if "\0" in text:
         raise InvalidArgument(f"{what} contains a NUL character")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidArgument(f"{what} contains a lone surrogate") from error
+    size = len(_checked_text(text, what))
     if size > MAX_STRING:
         raise InvalidArgument(f"{what} is longer than {MAX_STRING} bytes")
     return size + 1 + 8
+
+
+def _checked_text(text: str, what: str) -> bytes:
+    """Return `text` in UTF-8, if that is possible."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"{what} contains a lone surrogate") from error
 
 
 def _check_working_dir(path: str) -> None:

@@ -20,6 +20,7 @@ from execgate.model.errors import Internal
 from execgate.model.ids import SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExitSource, ExitStatus
+from execgate.oci.text import shown
 from execgate.runtime import failures, pidfd
 from execgate.runtime.readiness import Descriptor
 
@@ -110,9 +111,11 @@ def read_held(directory: Path) -> Held | None:
         streams = {int(stream): int(number) for stream, number in fields["streams"].items()}
         monitor = ProcessIdentity(*map(int, fields["monitor"])) if fields["monitor"] else None
         return Held(streams, monitor, str(fields["record"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            log.warning("what %s says of its session cannot be understood: %r", directory.name, error)
+            # Not the error's repr: it may hold the whole file.
+            reason = shown(f"{type(error).__name__}: {error}")
+            log.warning("what %s says of its session cannot be understood: %s", directory.name, reason)
         return None
 
 

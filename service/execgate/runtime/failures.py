@@ -18,8 +18,9 @@ MESSAGE_LIMIT = 4096
 # crun says "open executable: Operation not permitted" of a directory, where runc says "permission denied".
 _CANNOT_EXECUTE = ("permission denied", "is a directory", "open executable: operation not permitted")
 _NOT_FOUND = ("executable file not found", "no such file or directory", "not a directory")
-# C0 but tab and newline, DEL and C1: a runtime quotes names that a hostile container chose.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 but tab and newline, DEL and C1: a runtime quotes names that a hostile container chose. And lone surrogates, which
+# no record could hold.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def start_failure(text: str) -> StartFailed:
@@ -49,7 +50,7 @@ def last_error(log: bytes) -> str:
 
 def _entry(line: bytes) -> dict[str, object]:
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.decode(errors="replace"))  # crun quotes bytes as they are
     except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TIMEOUT = 10.0
-_VERSION = re.compile(r"\b(runc|crun) version v?(\d+)\.(\d+)(?:\.(\d+))?(\S*)")
-_CANDIDATE = re.compile(r"[-~]rc\.?(\d+)")  # Debian writes 1.0.0~rc93+ds1
+_VERSION = re.compile(r"\b(runc|crun) version v?([0-9]{1,9})\.([0-9]{1,9})(?:\.([0-9]{1,9}))?(\S*)")
+_CANDIDATE = re.compile(r"[-~]rc\.?([0-9]{1,9})")  # Debian writes 1.0.0~rc93+ds1
 _RELEASE = 10**6
 
 Number = tuple[int, int, int, int]

@@ -35,7 +35,7 @@ from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
 from execgate.model.principal import PROGRAM
 from execgate.model.session import ByteCounts, ExecSession, ExitSource, SessionState
-from execgate.oci.process import build_process, validate_config
+from execgate.oci.process import build_process, process_of, validate_config
 from execgate.oci.users import container_user, resolve_user
 from execgate.runtime.spawning import ExecRequest
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
@@ -563,7 +563,7 @@ class SessionManager:
             )
 
     async def _resolve_user(self, container: Container, user: str) -> ResolvedUser:
-        default = container_user(self._containers.spec(container).get("process", {}))
+        default = container_user(process_of(self._containers.spec(container)))
         if not user:  # most execs. HOME, where the container's environment has none, is set by the runtime
             return default
         assert container.init is not None
@@ -687,7 +687,7 @@ class SessionManager:
     ) -> ExecRequest:
         config = session.config
         process = build_process(
-            self._containers.spec(container)["process"],
+            process_of(self._containers.spec(container)),
             config,
             session.user,
             console_size=size or self._early_sizes.get(session.id) or config.console_size,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from execgate.containers.files import key_if_there, read_json, read_kernel, read_regular, translate
+from execgate.containers.files import key_if_there, parse_json, read_json, read_kernel, read_regular, translate
+from execgate.containers.listing import Listing
 from execgate.model.errors import ExecgateError, Internal, NotFound, Unavailable
 
 
@@ -93,3 +94,24 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
     with pytest.raises(Internal):
         read_kernel("/proc/self")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        (b'{"a": "\\ud83d\\ude00"}', {"a": "\U0001f600"}),
+        (b'{"a": "\\ud800"}', {"a": "?"}),
+        (b'{"\\uDFFF": ["x\\ud800y"]}', {"?": ["x?y"]}),
+        (b'["\xed\xa0\x80", "\xff"]', ["\ufffd\ufffd\ufffd", "\ufffd"]),
+        ('"\\ud800"', "?"),
+        (b"1e400", float("inf")),
+    ],
+)
+def test_all_text_of_a_foreign_file_can_be_encoded(data: bytes | str, value: object) -> None:
+    assert parse_json(data) == value
+
+
+def test_names_that_are_no_text_are_not_listed(tmp_path: Path) -> None:
+    for name in (b"plain", "é".encode(), b"\xff", b"a\xed\xa0\x80"):
+        os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+    assert Listing(str(tmp_path)).names() == {"plain", "é"}

@@ -84,7 +84,9 @@ def test_docker_with_remapped_users(etc: Etc, tmp_path: Path) -> None:
     assert find_places({}, user=False).docker_data_root == data / "165536.165536"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"data-root": 5, "exec-root": []}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "5", '{"data-root": 5, "exec-root": []}', "\xff", "[" * 100_000, "a = " + "[" * 100_000]
+)
 def test_a_configuration_that_says_nothing_counts_as_none(etc: Etc, text: str) -> None:
     for name in ("etc/docker/daemon.json", "etc/containerd/config.toml", "etc/containers/storage.conf"):
         etc(name, text)

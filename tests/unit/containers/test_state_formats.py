@@ -72,7 +72,7 @@ def test_runcs_id_is_that_of_the_directory() -> None:
         parse_runc(ContainerId("other"), RUNC)
 
 
-@pytest.mark.parametrize("created", [None, "", "yesterday", 5, "2026-13-01T00:00:00Z"])
+@pytest.mark.parametrize("created", [None, "", "yesterday", 5, "2026-13-01T00:00:00Z", "9999-12-31T23:59:59-23:59"])
 def test_an_unreadable_time_breaks_nothing(created: object) -> None:
     assert parse_crun(DEMO, CRUN | {"created": created}).created == 0.0
 

@@ -48,10 +48,24 @@ def test_any_case(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b'{"Tty": true, "Tty": false}', b'{"Tty": true, "tty": true}', b'{"X": {"a": 1, "A": 1}}']
+    "data", [b'{"Tty": true, "Tty": false}', b'{"Tty": true, "tty": true}', b'{"X": {"a": 1, "a": 1}}']
 )
 def test_no_key_twice(data: bytes) -> None:
     assert "twice" in refused(data)
+
+
+def test_letters_that_go_takes_for_others() -> None:
+    """`\u017f` is an s, and `\u212a` a k: a proxy in Go must not see a field that is not seen here."""
+    assert parse_body('{"u\u017fer": "root"}'.encode(), CreateBody).user == "root"
+    assert "twice" in refused('{"U\u017fer": "root", "User": "app"}'.encode())
+    assert parse_body('{"detach\u212aeys": "a"}'.encode(), CreateBody).detach_keys == "a"
+
+
+def test_labels_are_no_fields() -> None:
+    """Their case is the client's, and two that differ in it are two."""
+    body = parse_body(b'{"labels": {"Team": "a", "team": "b"}, "cmd": ["x"]}', CreateBody)
+    assert body.labels == {"Team": "a", "team": "b"}
+    assert "twice" in refused(b'{"Labels": {"a": "b", "a": "c"}}')
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_timestamps(text: str, nanoseconds: int | None) -> None:
     assert _timestamp(request(text), "since") == nanoseconds
 
 
-@pytest.mark.parametrize("text", ["x", "NaN", "Infinity", "1e400", "1e20", "2026-01-01T00:00:00Z", "1.2.3", "9" * 40])
+@pytest.mark.parametrize(
+    "text", ["x", "NaN", "Infinity", "1e400", "1e9999999", "1e20", "2026-01-01T00:00:00Z", "1.2.3", "9" * 40]
+)
 def test_what_is_no_timestamp(text: str) -> None:
     with pytest.raises(InvalidArgument, match="since"):
         _timestamp(request(text), "since")

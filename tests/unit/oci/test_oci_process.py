@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
-from execgate.model.errors import InvalidArgument
-from execgate.oci.process import MAX_STRING, build_process, validate_config
+from execgate.model.errors import Internal, InvalidArgument
+from execgate.oci.process import MAX_STRING, build_process, process_of, validate_config
 
 ALL = ("CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN")
 BOUND = ["CAP_CHOWN", "CAP_KILL"]
@@ -210,6 +210,8 @@ def test_privileged_keeps_the_rest() -> None:
         ({"args": ("a",), "env": ("=SECRET",)}, "invalid environment variable: its name is empty"),
         ({"args": ("a",), "user": "u\0"}, "the user contains a NUL character"),
         ({"args": ("a",), "working_dir": "/a\0"}, "the working directory contains a NUL character"),
+        ({"args": ("a",), "labels": {"a": "\ud800"}}, "a label contains a lone surrogate"),
+        ({"args": ("a",), "labels": {"\udfff": ""}}, "a label contains a lone surrogate"),
         ({"args": ("a",), "working_dir": "rel"}, "'rel' is invalid, it needs to be an absolute path"),
         ({"args": ("a",), "working_dir": "../\n"}, r"'../\n' is invalid, it needs to be an absolute path"),
         ({"args": ("a",), "working_dir": "/proc/self/fd/8"}, "leads through a file descriptor"),
@@ -241,3 +243,34 @@ def test_refused_at_create(config: dict[str, Any], message: str) -> None:
 )
 def test_accepted_at_create(config: dict[str, Any]) -> None:
     validate_config(ExecConfig(**config))
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        None,
+        [],
+        {"cwd": 5},
+        {"env": "A=b"},
+        {"env": ["A=b", 5]},
+        {"env": {"A": "b"}},
+        {"user": "root"},
+        {"user": {"additionalGids": 5}},
+        {"capabilities": ["CAP_KILL"]},
+        {"capabilities": {"bounding": "CAP_KILL"}},
+        {"capabilities": {"effective": [5]}},
+        {"rlimits": {}},
+        {"rlimits": [5]},
+        {"rlimits": [{"soft": 1}]},
+    ],
+)
+def test_a_configuration_that_no_runtime_would_take(process: object) -> None:
+    """To leave a part out could make an exec freer than the container."""
+    with pytest.raises(Internal, match="cannot be read") as caught:
+        process_of({"process": process})
+    assert "config.json: process" in caught.value.hint
+
+
+@pytest.mark.parametrize("process", [{}, CONTAINER, {"env": None, "user": None, "capabilities": {"ambient": None}}])
+def test_what_may_be_missing(process: dict[str, Any]) -> None:
+    assert process_of({"process": process}) is process

@@ -15,7 +15,7 @@ from execgate.model.session import ExecSession, ExitSource, ExitStatus
 from execgate.runtime import adopted
 from execgate.runtime.adopted import AdoptedExec
 from execgate.runtime.conmon import ConmonRuntime
-from execgate.runtime.directory import exit_file_status, session_directory
+from execgate.runtime.directory import exit_file_status, read_held, session_directory
 from execgate.runtime.fdstore import NoFdStore
 from execgate.runtime.tree import SessionCgroups
 from support.records import new_session
@@ -99,3 +99,24 @@ def test_a_sweep_removes_what_nobody_has(tmp_path: Path) -> None:
         process.wait()
     runtime.sweep({known.id})
     assert os.listdir(tmp_path) == [known.id[:32]]
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"[" * 100_000,
+        b'{"streams": {"1": 1e999}, "monitor": null, "record": ""}',
+        b'{"streams": {"1": 7}, "monitor": [5], "record": ""}',
+        b'{"streams": {"1": 7}, "monitor": [5, 6], "record": "SECRET\xff"}',
+    ],
+)
+def test_what_is_held_cannot_be_understood(tmp_path: Path, held: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """That is told, without what the file holds, and at no length."""
+    (tmp_path / "held").write_bytes(held)
+    assert read_held(tmp_path) is None
+    assert "cannot be understood" in caplog.text
+    assert "SECRET" not in caplog.text
+    assert len(caplog.text) < 1000

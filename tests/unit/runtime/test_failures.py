@@ -40,10 +40,13 @@ def test_no_reason_is_said_so() -> None:
     assert "gave no reason" in failures.start_failure(" \n").message
 
 
-@pytest.mark.parametrize("text", ["\x1b[31mred", "a\r\nb\x00c", "\x9b31m", "\x7f", "tab\tand\nnewline", "\u2028"])
+@pytest.mark.parametrize(
+    "text", ["\x1b[31mred", "a\r\nb\x00c", "\x9b31m", "\x7f", "tab\tand\nnewline", "\u2028", "\ud800"]
+)
 def test_what_is_shown_cannot_speak_to_a_terminal(text: str) -> None:
     shown = failures.printable(text)
     assert "\n" not in shown
+    assert shown == shown.encode().decode()
     assert not any(ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0 for character in shown)
 
 
@@ -70,6 +73,7 @@ def line(level: object, msg: object) -> bytes:
         (line(["error"], "x"), ""),
         (b"[" * 60_000, ""),
         (line("error", "é\u2028x"), "é\u2028x"),
+        (b'{"msg":"exec \xff: not found","level":"error"}', "exec \ufffd: not found"),
     ],
 )
 def test_the_last_error_counts(log: bytes, expected: str) -> None:

@@ -84,6 +84,8 @@ def test_a_warning_names_the_hole_and_every_fix() -> None:
         ("runsc version release-20240101.0\n", "runsc version release-20240101.0"),
         ("runc version unknown", "runc version unknown"),
         ("x" * 1000, "x" * 80),
+        ("runc version " + "9" * 5000 + ".1\n", "runc version " + "9" * 67),
+        ("runc version \u0661.\u0662\n", "runc version \u0661.\u0662"),
         ("crun version 1\n", "crun version 1"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 
 from execgate.model.config import ConsoleSize, ExecConfig
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, OciRuntime
-from execgate.model.errors import Conflict, Exhausted, NotFound, StartFailed, Unavailable
+from execgate.model.errors import Conflict, Exhausted, Internal, NotFound, StartFailed, Unavailable
 from execgate.model.ids import ContainerId, SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
@@ -959,3 +959,15 @@ async def test_a_start_that_is_given_up_while_it_waits_for_the_disk(witnessed: t
     assert world.said[-3:] == ["abort", "witnessed stopped", "stopped"]
     assert world.manager.inspect(session.id).error == "the client left before the start"
     assert world.manager.live == 0
+
+
+@pytest.mark.parametrize("spec", [{}, {"process": []}, {"process": {"args": ["init"], "env": 5}}])
+async def test_a_configuration_that_is_none(world: World, spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exec in a container whose config.json was broken since is refused, at create and at start."""
+    session = await world.create()
+    monkeypatch.setattr(world.containers, "spec", lambda _: spec)
+    with pytest.raises(Internal, match="cannot be read"):
+        await world.create()
+    with pytest.raises(Internal, match="cannot be read"):
+        await world.manager.start_detached(session.id)
+    assert not world.runtime.executions

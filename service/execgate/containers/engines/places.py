@@ -4,7 +4,6 @@ Read once, when the service starts. A configuration that cannot be read counts a
 where was looked.
 """
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from execgate.containers.entry import table, text, texts
+from execgate.containers.files import parse_json
 
 _SYSTEM = (Path("/usr/share/containers"), Path("/etc/containers"))
 
@@ -127,13 +127,13 @@ def _glob(directory: Path, pattern: str) -> list[Path]:
 
 def _json(path: Path) -> Mapping[str, object]:
     try:
-        return table(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
+        return table(parse_json(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def _toml(path: Path) -> Mapping[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}

@@ -6,7 +6,6 @@ so it is read once for each state of a container that is seen. A database that c
 the container; they are looked for again when it has changed, or at once when it was only busy.
 """
 
-import json
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from execgate.containers import bolt
 from execgate.containers.entry import Look, seconds, table, text, text_table, texts
-from execgate.containers.files import key_or_none
+from execgate.containers.files import key_or_none, parse_json
 from execgate.containers.states import Source
 from execgate.model.errors import Internal, NotFound, Unavailable
 from execgate.model.ids import ContainerId
@@ -50,14 +49,17 @@ class PodmanDatabase:
     def __init__(self, graph_root: Path) -> None:
         """Read nothing yet."""
         self._bolt = graph_root / "libpod" / "bolt_state.db"
-        self._sqlite = (graph_root / "db.sql", graph_root / "libpod" / "db.sql")
+        self._places = (graph_root / "db.sql", graph_root / "libpod" / "db.sql", self._bolt)
         self.problems: dict[str, str] = {}
 
     def find(self, container_id: ContainerId) -> PodmanRecord:
         """Return what is on record of a container; nothing at all when there is no record."""
         doubts: list[Source] = []
-        for path in self._paths():
+        for path in self._places:
             key = key_or_none(path)
+            if key is None:
+                doubts.append((str(path), None))  # until there is one
+                continue
             try:
                 config, state = (_read_bolt if path == self._bolt else _read_sqlite)(path, container_id)
             except NotFound:
@@ -85,7 +87,7 @@ class PodmanDatabase:
 
     def _paths(self) -> list[Path]:
         """Return the databases that are there. Versions differ in which they prefer; each container is in one."""
-        return [path for path in (*self._sqlite, self._bolt) if key_or_none(path) is not None]
+        return [path for path in self._places if key_or_none(path) is not None]
 
 
 def _read_bolt(path: Path, container_id: ContainerId) -> tuple[object, object]:
@@ -120,8 +122,8 @@ def _read_sqlite(path: Path, container_id: ContainerId) -> tuple[object, object]
 
 def _parsed(path: Path, data: str | bytes) -> object:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return parse_json(data)
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: a column of SQLite can hold a number
         raise Internal("Podman's database cannot be read", hint=f"{path}: not JSON") from error
 
 

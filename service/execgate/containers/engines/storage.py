@@ -10,7 +10,6 @@ What they are called. Podman's: by the names in the list (a rename shows there, 
 `pod/container` and `namespace/pod/container`, and the long name of the list; its sandboxes are left out.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,15 @@ from typing import Any
 from execgate.containers.engines.oci import SharedRoots
 from execgate.containers.engines.podman_db import PodmanDatabase, PodmanRecord
 from execgate.containers.entry import Entry, Look, table, text, text_table, texts
-from execgate.containers.files import FileKey, is_settled, key_if_there, key_or_none, now, read_regular
+from execgate.containers.files import (
+    FileKey,
+    is_settled,
+    key_if_there,
+    key_or_none,
+    now,
+    parse_json,
+    read_regular,
+)
 from execgate.containers.formats import parse_time
 from execgate.containers.listing import Listing
 from execgate.containers.states import (
@@ -129,7 +136,7 @@ class Storage:
             if found == key:
                 return False
             data, key = read_regular(Path(path), limit=_MAX_LIST)
-            items = json.loads(data or b"[]")
+            items = parse_json(data or b"[]")
         except NotFound:
             return self._drop_list(path)
         except (Internal, ValueError, RecursionError) as error:
@@ -276,7 +283,7 @@ def _record(item: object, directory: str) -> tuple[ContainerId, StorageRecord] |
     if not container_id or "/" in container_id:
         return None
     try:
-        metadata = table(json.loads(text(fields.get("metadata")) or "{}"))
+        metadata = table(parse_json(text(fields.get("metadata")) or "{}"))
     except (ValueError, RecursionError):
         metadata = {}
     record = StorageRecord(
@@ -297,6 +304,6 @@ def _grace_period(annotations: Mapping[str, str]) -> float | None:
 def _crio_labels(annotations: Mapping[str, str]) -> dict[str, str]:
     """Return the labels that CRI-O was given with a container: JSON within an annotation."""
     try:
-        return text_table(json.loads(annotations.get(f"{_CRIO}Labels", "{}")))
+        return text_table(parse_json(annotations.get(f"{_CRIO}Labels", "{}")))
     except (ValueError, RecursionError):
         return {}

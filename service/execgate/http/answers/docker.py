@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from execgate.containers import proc
+from execgate.containers.entry import text, texts
 from execgate.http.answers.subjects import NEVER, Answers, Counts, Host, Json, Subject, rfc3339
 from execgate.model.container import ContainerStatus
 from execgate.model.session import ExecSession
@@ -56,14 +57,14 @@ def container(subject: Subject, _version: tuple[int, ...]) -> Json:
         "GraphDriver": {"Name": "oci", "Data": None},
         "Mounts": [],
         "Config": {
-            "Hostname": subject.spec.get("hostname", ""),
+            "Hostname": text(subject.spec.get("hostname")),
             "User": one.user,
             "Tty": one.tty,
             "OpenStdin": False,
-            "Env": list(process.get("env") or ()),
+            "Env": list(texts(process.get("env"))),
             "Cmd": args,
             "Image": one.image,
-            "WorkingDir": process.get("cwd", ""),
+            "WorkingDir": text(process.get("cwd")),
             "Entrypoint": None,
             "Labels": dict(one.labels),
             "StopTimeout": None if one.stop_timeout is None else int(one.stop_timeout),

@@ -6,6 +6,7 @@ what is not known here is left out.
 
 from typing import Any
 
+from execgate.containers.entry import text, texts
 from execgate.containers.states import annotations_of
 from execgate.http.answers import docker
 from execgate.http.answers.subjects import NEVER, Answers, Counts, Host, Json, Subject, rfc3339
@@ -76,14 +77,14 @@ def container(subject: Subject, version: tuple[int, ...]) -> Json:
         "Mounts": [],
         "IsInfra": False,
         "Config": {
-            "Hostname": subject.spec.get("hostname", ""),
+            "Hostname": text(subject.spec.get("hostname")),
             "User": one.user,
             "Tty": one.tty,
             "OpenStdin": False,
-            "Env": list(process.get("env") or ()),
+            "Env": list(texts(process.get("env"))),
             "Cmd": args,
             "Image": one.image,
-            "WorkingDir": process.get("cwd", ""),
+            "WorkingDir": text(process.get("cwd")),
             "Entrypoint": [] if is_new else "",
             "StopSignal": "SIGTERM" if is_new else 15,
             "Labels": dict(one.labels),

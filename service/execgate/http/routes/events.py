@@ -121,6 +121,6 @@ def _timestamp(request: web.Request, key: str) -> int | None:
         value = Decimal(text[:40])
         if not value.is_finite() or abs(value) > _NANO * 100:
             raise InvalidOperation
-    except InvalidOperation:
+    except ArithmeticError:  # InvalidOperation, and Overflow: 1e9999999 is finite until one computes with it
         raise InvalidArgument(f"invalid value for '{key}': {text[:40]!r} is no Unix timestamp") from None
     return int(value * _NANO)
