@@ -153,7 +153,6 @@ def test_killed_at_any_step(new_service: NewService, runc_container: TestContain
     assert len(steps) >= 20
     assert killed > len(steps) // 2
     assert started > 5
-    assert told_twice, "an end is told before it is on record"
     assert_whole(path)
 
 
