@@ -22,6 +22,7 @@ from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
+from execgate.gate.recording import FileRecordings
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
 from execgate.model.events import Event
@@ -40,6 +41,7 @@ from execgate.sessions.local import LocalStream
 from execgate.sessions.manager import HandedSession, Limits, SessionManager
 from execgate.sessions.oneshot import RunResult
 from execgate.sessions.oneshot import run as run_once
+from execgate.sessions.recording import Recordings
 from execgate.sessions.store import SessionStore
 
 log = logging.getLogger(__name__)
@@ -157,13 +159,15 @@ async def open_engine(
     *,
     told: Sequence[Event] = (),
     next_event: int = 0,
+    recordings: Recordings | None = None,
 ) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
     Who has one is a service that others wait for: it is open before it has looked around.
     `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered,
-    `next_event` the number of the one that would have come next.
+    `next_event` the number of the one that would have come next. `recordings` makes recordings, in files if it is not
+    given.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
@@ -190,6 +194,9 @@ async def open_engine(
             all_capabilities=capabilities.names(proc.own_capability_bounds()),
             limits=limits_of(config),
             captures=captures,
+            recordings=recordings or recordings_of(config),
+            record=config.record,
+            record_or_end=config.record_failure == "closed",
         )
         cleanup.push_async_callback(manager.close)
         past = told or manager.ends()
@@ -220,6 +227,13 @@ def look_around(catalog: Catalog, config: Config) -> None:
         for program in sorted(programs | set(config.runtime_paths().values())):
             for warning in runtime_version(program).warnings:
                 log.warning("%s: %s (%s)", program, warning, BACKPORTS)
+
+
+def recordings_of(config: Config) -> FileRecordings:
+    """Return where a configuration wants recordings to be made."""
+    return FileRecordings(
+        config.recordings_dir, session_bytes=config.recording_bytes, total_bytes=config.recordings_total_bytes
+    )
 
 
 def limits_of(config: Config) -> Limits:
