@@ -266,8 +266,8 @@ class FileRecording:
     async def _write(self) -> None:
         """Write what is held now, and see to the rest."""
         before, self._before = self._before, None
-        events, self._events = self._events, []
-        held, last = self._held, self._last
+        events, held = self._piece()
+        last = None if self._events else self._last
         try:
             if before is not None:
                 await self._call(before)
@@ -284,6 +284,15 @@ class FileRecording:
         if self._last is not Kind.LEFT and self._held < BOUND:
             self._has_room.set()
         self._schedule()
+
+    def _piece(self) -> tuple[list[Event], int]:
+        """Take the next events, about PIECE bytes of them if there are more; return them and what they hold."""
+        size = count = 0
+        while count < len(self._events) and size < PIECE:
+            size += _EVENT_COST + len(self._events[count].data)
+            count += 1
+        events, self._events = self._events[:count], self._events[count:]
+        return events, size
 
     def _lose(self, reason: str) -> None:
         log.error("the recording %s ends: %s", self._file.name, reason)
