@@ -300,6 +300,7 @@ class FileRecording:
         self._lost = f"its recording ends: {reason}"
         self._last = Kind.END
         self._events.clear()
+        self._held = 0
         self._has_room.set()
         self._end()
         self._tell_lost(self._lost)
