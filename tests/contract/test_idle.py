@@ -48,18 +48,18 @@ def test_its_timeout_can_be_over_before(api: Api, container: TestContainer) -> N
     assert wait(api, session_id) == {"StatusCode": 143, "TimedOut": True, "Error": ""}
 
 
-def test_output_that_nobody_asked_for_counts(api: Api, container: TestContainer) -> None:
-    talking = "for i in 1 2 3 4 5 6 7 8 9 10; do echo $i; sleep 0.4; done; exit 3"
-    for tty in (False, True):
-        session_id = script(api, container, talking, IdleTimeout=1.5, Tty=tty)
+def test_output_that_nobody_asked_for_counts(api: Api, runc_container: TestContainer) -> None:
+    talking = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do echo $i; sleep 0.5; done; exit 3"
+    sessions = [script(api, runc_container, talking, IdleTimeout=4, Tty=tty) for tty in (False, True)]
+    for session_id in sessions:
         assert wait(api, session_id) == {"StatusCode": 3, "TimedOut": False, "Error": ""}
 
 
-def test_input_counts(api: Api, container: TestContainer) -> None:
+def test_input_counts(api: Api, runc_container: TestContainer) -> None:
     """Of a process that never answers."""
-    session_id = api.create_attached(container.id, "sh", "-c", "cat >/dev/null; exit 3", IdleTimeout=2.0)
+    session_id = api.create_attached(runc_container.id, "sh", "-c", "cat >/dev/null; exit 3", IdleTimeout=4)
     with api.attach(session_id, Detach=False, Tty=False) as stream:
-        for _ in range(8):
+        for _ in range(12):
             time.sleep(0.5)
             stream.send(b"x")
         stream.half_close()
@@ -67,15 +67,15 @@ def test_input_counts(api: Api, container: TestContainer) -> None:
     assert (stream.exit_code(), api.inspect(session_id)["TimedOut"]) == (3, False)
 
 
-def test_what_the_kernel_moves_counts(api: Api, container: TestContainer) -> None:
+def test_what_the_kernel_moves_counts(api: Api, runc_container: TestContainer) -> None:
     """A slow reader of much output: each byte that he takes is one, though it was promised to him long before."""
     command = "head -c 8000000 /dev/zero; exit 3"
-    session_id = api.create_attached(container.id, "sh", "-c", command, IdleTimeout=2.0)
+    session_id = api.create_attached(runc_container.id, "sh", "-c", command, IdleTimeout=4)
     with api.attach(session_id, Detach=False, Tty=False) as stream:
-        deadline, size = time.monotonic() + 6.0, 0
-        while data := stream.connection.read(100_000):
+        slowly_until, size = time.monotonic() + 8, 0
+        while data := stream.connection.read(50_000):
             size += len(data)
-            if time.monotonic() < deadline:
+            if time.monotonic() < slowly_until:
                 time.sleep(0.25)
     assert size > 8_000_000
     assert (stream.exit_code(), api.inspect(session_id)["TimedOut"]) == (3, False)

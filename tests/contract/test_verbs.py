@@ -371,7 +371,8 @@ def test_remove_with_force(tree: str, api: Api, container: TestContainer) -> Non
     ("field", "value"),
     [
         ("Timeout", "5"), ("Timeout", -1), ("Timeout", -0.5), ("Timeout", True), ("Timeout", []),
-        ("Timeout", 365 * 86400 + 1), ("IdleTimeout", "5"), ("IdleTimeout", -1), ("Labels", []), ("Labels", "a"), ("Labels", {"a": 1}), ("Labels", {"a": None}),
+        ("Timeout", 365 * 86400 + 1), ("IdleTimeout", "5"), ("IdleTimeout", -1),
+        ("Labels", []), ("Labels", "a"), ("Labels", {"a": 1}), ("Labels", {"a": None}),
         ("CaptureStdout", "yes"), ("CaptureStdout", 1), ("CaptureStderr", "false"), ("CaptureStderr", {}),
         ("OnDisconnect", "stay"), ("OnDisconnect", "KILL"), ("OnDisconnect", 1), ("OnDisconnect", True),
         ("PreserveFDs", "1"), ("PreserveFD", 3),
