@@ -46,26 +46,27 @@ def add_commands(commands: Any) -> None:
 
 
 def _play(arguments: argparse.Namespace) -> int:
+    code = 0
     with _opened(arguments.file) as file:
         played = Played(file)
-        events = iter(played)
+        show = _Show(plain=arguments.plain, tty=played.tty)
+        events: Iterable[Event] = played
         if not arguments.no_timing:
             limit = arguments.idle_limit or _number(played.head.get("idle_time_limit"))
-            events = _in_time(events, arguments.speed, limit)
-        notes: list[Event] = []
+            events = _in_time(played, arguments.speed, limit)
         try:
-            with _terminal() if played.tty and not arguments.plain else contextlib.nullcontext() as screen:
-                _show(events, notes, screen, plain=arguments.plain)
+            with _terminal(show) if played.tty and not arguments.plain else contextlib.nullcontext():
+                show.run(events)
         except Torn:
-            torn = "the recording is torn: there is no more of it than this"
-        else:
-            torn = ""
-    for note in notes:
+            code = _EXIT_TORN
+    if show.within_line and os.isatty(_STDERR):
+        print(file=sys.stderr)
+    for note in show.notes:
         words = shown(note.data.decode(errors="replace"), _MAX_NOTE)
         print(f"execgate: at {note.time:.3f} s: {words}", file=sys.stderr)
-    if torn:
-        print(f"execgate: {torn}", file=sys.stderr)
-    return _EXIT_TORN if torn else 0
+    if code:
+        print("execgate: the recording is torn: there is no more of it than this", file=sys.stderr)
+    return code
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -87,17 +88,32 @@ def _in_time(events: Iterable[Event], speed: float, limit: float | None) -> Iter
         yield event
 
 
-def _show(events: Iterable[Event], notes: list[Event], screen: "_Screen | None", *, plain: bool) -> None:
-    """Write the output to where it belongs, and collect the notes; `screen`: what had a terminal gets one. Torn."""
-    escaping = {fd: _Escaping() for fd in (_STDOUT, _STDERR) if plain or (screen is None and os.isatty(fd))}
-    for event in events:
-        if event.what is What.NOTE:
-            notes.append(event)
-        elif event.what in (What.STDOUT, What.STDERR):
-            fd = _STDERR if event.what is What.STDERR else _STDOUT
-            _write(fd, escaping[fd].escape(event.data) if fd in escaping else event.data)
-            if screen is not None:
-                screen.sent(event.data)
+class _Show:
+    """Writes output to where it belongs, and collects the notes.
+
+    `alternate` says that a terminal was left on its other screen, `within_line` that the last line has no end.
+    """
+
+    def __init__(self, *, plain: bool, tty: bool) -> None:
+        self.notes: list[Event] = []
+        self.alternate = False
+        self.within_line = False
+        self._escaping = {fd: _Escaping() for fd in (_STDOUT, _STDERR) if plain or (not tty and os.isatty(fd))}
+
+    def run(self, events: Iterable[Event]) -> None:
+        """Show all of them. Torn."""
+        for event in events:
+            if event.what is What.NOTE:
+                self.notes.append(event)
+            elif event.what in (What.STDOUT, What.STDERR):
+                self._show(_STDERR if event.what is What.STDERR else _STDOUT, event.data)
+
+    def _show(self, fd: int, data: bytes) -> None:
+        _write(fd, self._escaping[fd].escape(data) if fd in self._escaping else data)
+        self.within_line = not data.endswith(b"\n")
+        there, back = data.rfind(_ALTERNATE), data.rfind(_NOT_ALTERNATE)
+        if there != back:
+            self.alternate = there > back
 
 
 def _write(fd: int, data: bytes) -> None:
@@ -130,25 +146,11 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-class _Screen:
-    """Which of a terminal's two screens is shown."""
-
-    def __init__(self) -> None:
-        self.alternate = False
-
-    def sent(self, data: bytes) -> None:
-        """Take note of what it was sent."""
-        there, back = data.rfind(_ALTERNATE), data.rfind(_NOT_ALTERNATE)
-        if there != back:
-            self.alternate = there > back
-
-
 @contextlib.contextmanager
-def _terminal() -> Iterator[_Screen]:
+def _terminal(show: _Show) -> Iterator[None]:
     """Leave the terminal, if this is one, as it was before; no key typed meanwhile is anybody's."""
     keyboard = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
     before = termios.tcgetattr(keyboard) if keyboard is not None else []
-    screen = _Screen()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     try:
@@ -156,12 +158,12 @@ def _terminal() -> Iterator[_Screen]:
             silent = termios.tcgetattr(keyboard)
             silent[3] &= ~(termios.ECHO | termios.ICANON)
             termios.tcsetattr(keyboard, termios.TCSANOW, silent)
-        yield screen
+        yield
     finally:
         try:
             if os.isatty(_STDOUT):
                 # Back only from there: elsewhere it would move the cursor.
-                _write(_STDOUT, _AS_BEFORE + (_NOT_ALTERNATE if screen.alternate else b""))
+                _write(_STDOUT, _AS_BEFORE + (_NOT_ALTERNATE if show.alternate else b""))
                 time.sleep(_LAST_ANSWER)
         finally:
             if keyboard is not None:
