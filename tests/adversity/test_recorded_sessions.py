@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -350,7 +351,7 @@ def test_no_room_in_the_midst(
     reason: str,
 ) -> None:
     """The recording ends with a note; the session goes on, or it is killed, and its end and its client say why."""
-    settings = {reason: 1_000_000} if reason.startswith("recording") else {}
+    settings: dict[str, Any] = {reason: 1_000_000} if reason.startswith("recording") else {}
     service, recordings = recording_service(
         new_service, directory, recordings_dir=small_disk / "r", record_failure=failure, **settings
     )

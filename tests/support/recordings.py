@@ -71,7 +71,7 @@ class Recordings:
 
 
 def recording_service(
-    new_service: Callable[..., Service], directory: Path, record: str = "output", **settings: object
+    new_service: Callable[..., Service], directory: Path, record: str = "output", **settings: Any
 ) -> tuple[Service, Recordings]:
     """Start a service that records everything in `directory`/recordings; `settings` are keys of its configuration."""
     where = settings.pop("recordings_dir", directory / "recordings")

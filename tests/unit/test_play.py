@@ -99,7 +99,7 @@ def test_plain_casts_and_those_of_others(tmp_path: Path) -> None:
 def test_its_pace(make: Make, flags: tuple[str, ...], at_least: float, at_most: float) -> None:
     """From the first thing that is shown to the last; a program's start is not counted."""
     path = make((0, What.STDOUT, b"begun"), *((0.5 * n, What.STDOUT, b".") for n in range(1, 11)))
-    argv = [execgate_program(), "play", *flags, path]
+    argv = [str(execgate_program()), "play", *flags, str(path)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, env=ENV) as process:
         assert process.stdout is not None
         assert process.stdout.read(5) == b"begun"

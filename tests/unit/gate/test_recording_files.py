@@ -38,8 +38,12 @@ class Shelves:
 
     def __init__(self, directory: Path, *, session_bytes: int = AMPLE, total_bytes: int = AMPLE) -> None:
         self.directory = directory
-        self.make = lambda: FileRecordings(directory, session_bytes=session_bytes, total_bytes=total_bytes)
-        self.now = self.make()
+        self._bounds = session_bytes, total_bytes
+        self.now = self._new()
+
+    def _new(self) -> FileRecordings:
+        session_bytes, total_bytes = self._bounds
+        return FileRecordings(self.directory, session_bytes=session_bytes, total_bytes=total_bytes)
 
     async def begin(self, session: ExecSession) -> FileRecording:
         made = await self.now.begin(session, None)
@@ -48,13 +52,13 @@ class Shelves:
 
     async def leave(self) -> None:
         await self.now.close()
-        self.now = self.make()
+        self.now = self._new()
 
     def crash(self) -> None:
         """What a SIGKILL leaves of a service: nothing but its files, which it has not locked any more."""
         for one in list(self.now._open):
             one._file._close()
-        self.now = self.make()
+        self.now = self._new()
 
     async def resume(self, session: ExecSession, *, in_order: bool) -> FileRecording:
         made = self.now.resume(session, in_order=in_order)
@@ -183,7 +187,7 @@ class Disk:
         self.go = threading.Event()
         self.waits = threading.Event()
         self._real = os.pwrite
-        monkeypatch.setattr(recording_module.os, "pwrite", self._write)
+        monkeypatch.setattr(os, "pwrite", self._write)
 
     def _write(self, fd: int, data: bytes, at: int) -> int:
         if self.slow:
