@@ -15,8 +15,12 @@ from pathlib import Path
 from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
-from execgate.engine import Engine, look_around, open_engine
+from execgate.engine import Engine, host_equivalence_of, look_around, open_engine
+from execgate.gate.access import Gate, NoJournal
+from execgate.gate.rules import Policy
+from execgate.gate.tokens import Tokens
 from execgate.http.hijack import OpenStreams
+from execgate.http.identity import Doorkeeper
 from execgate.http.listeners import (
     Address,
     adopt_listener,
@@ -49,8 +53,8 @@ class Ending(Enum):
     LEAVE = "leave"
 
 
-async def serve(config: Config, link: KeeperLink) -> None:
-    """Run the service until the keeper says so. Raises the category of whatever keeps it from starting."""
+async def serve(config: Config, link: KeeperLink, policy: Policy) -> None:
+    """Run the service until the keeper says so, by `policy`. Raises the category of what keeps it from starting."""
     ending = _ending(link, config.state_dir)
     async with contextlib.AsyncExitStack() as cleanup:
         if adopted := orphan.adopt(config.state_dir, link):
@@ -62,8 +66,16 @@ async def serve(config: Config, link: KeeperLink) -> None:
         )
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
-        trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
-        server = HttpServer(build_application(trees, streams))
+        gate = Gate(
+            policy=policy,
+            journal=NoJournal(),
+            catalog=engine.containers,
+            sessions=engine.sessions,
+            events=engine.events,
+            host_equivalent=host_equivalence_of(config),
+        )
+        doorkeeper = Doorkeeper(gate, Tokens(config.tokens))
+        server = HttpServer(build_application(all_trees(top), streams, [doorkeeper.middleware]))
         cleanup.push_async_callback(server.close)
         await server.start(listeners)
         for connection in before.connections:

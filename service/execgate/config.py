@@ -48,12 +48,21 @@ def default_listen() -> str:
     return f"unix://{runtime_dir()}/execgate.sock"
 
 
+def config_dir() -> Path:
+    """Return where the files of an administrator are: /etc/execgate, for a user below $XDG_CONFIG_HOME."""
+    if user_id() == 0:
+        return Path("/etc/execgate")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "execgate"
+
+
 def default_file() -> Path:
     """Return the configuration that is read, if it is there, when nobody names another."""
-    if user_id() == 0:
-        return Path("/etc/execgate/execgate.toml")
-    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "execgate/execgate.toml"
+    return config_dir() / "execgate.toml"
+
+
+def default_policy_file() -> Path:
+    """Return the policy that is read, if it is there, when nobody names another."""
+    return default_file().with_name("policy.toml")
 
 
 def _split(value: object) -> object:
@@ -94,6 +103,7 @@ class Config(BaseModel):
     engines: Annotated[list[EngineName], BeforeValidator(_split)] = list(EngineName)
     container_labels: _List = []
     rootless: Literal["auto", "off"] = "auto"
+    tokens: _Path = Field(default_factory=lambda: config_dir() / "tokens")
     docker_data_root: _Path | None = None
     docker_exec_root: _Path | None = None
     containerd_root: _Path | None = None
@@ -125,6 +135,9 @@ class Config(BaseModel):
     recordings_dir: _Path = Field(default_factory=default_recordings_dir)
     recording_bytes: Annotated[int, Field(ge=64 * 1024, le=2**40)] = 64 * 2**20
     recordings_total_bytes: Annotated[int, Field(ge=64 * 1024, le=2**50)] = 4 * 2**30
+    policy: _Path | None = None
+    allow_privileged: bool = False
+    allow_host_equivalent: bool = False
 
     @field_validator("listen")
     @classmethod
@@ -168,6 +181,11 @@ class Config(BaseModel):
         pairs = (text.partition("=") for text in self.container_labels)
         return [(name, value if equals else None) for name, equals, value in pairs]
 
+    def policy_path(self) -> Path | None:
+        """Return the policy's file: the configured one, else the default one if it is there; None without a policy."""
+        # A link that leads nowhere is a policy, too: one that cannot be read.
+        return self.policy or (default_policy_file() if os.path.lexists(default_policy_file()) else None)
+
     def conmon_path(self) -> Path | None:
         """Return conmon: the configured one, else the one on the PATH or where distributions put it."""
         found = shutil.which("conmon") or shutil.which("conmon", path="/usr/libexec/podman:/usr/lib/podman")
@@ -196,9 +214,20 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
         merged |= values
         origin |= dict.fromkeys(values, source)
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         raise InvalidArgument("\n".join(_explain(problem, origin) for problem in error.errors())) from error
+    _check_policy(config, origin)
+    return config
+
+
+def _check_policy(config: Config, origin: Mapping[str, str]) -> None:
+    """With a policy its rules say all that is allowed, and nothing beside them does."""
+    path = config.policy_path()
+    for name in ("allow_privileged", "allow_host_equivalent"):
+        if path is not None and getattr(config, name):
+            rule = name.removeprefix("allow_")
+            raise InvalidArgument(f"{origin[name]}: {name}: there is a policy, {path}: write {rule} = true in a rule")
 
 
 def _read_file(path: Path | None) -> dict[str, Any]:

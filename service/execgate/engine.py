@@ -22,7 +22,10 @@ from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
+from execgate.gate.equivalence import HostEquivalence
+from execgate.gate.policy import default_policy
 from execgate.gate.recording import FileRecordings
+from execgate.gate.rules import Policy
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
 from execgate.model.events import Event
@@ -48,6 +51,7 @@ log = logging.getLogger(__name__)
 
 DATABASE = "sessions.db"
 _SWEEP_INTERVAL = 15.0
+_SETPCAP = "CAP_SETPCAP"
 
 
 class Engine:
@@ -172,6 +176,7 @@ async def open_engine(
     another program has the state directory, Unavailable when the host lacks something.
     """
     async with contextlib.AsyncExitStack() as cleanup:
+        _check_powers()
         _take_state_dir(config.state_dir, cleanup)
         cgroups = SessionCgroups.open()
         cleanup.callback(cgroups.close)
@@ -216,6 +221,19 @@ def catalog_of(config: Config) -> Catalog:
         config.runtime_paths(),
         engines=config.engines,
         labels=config.label_filters(),
+    )
+
+
+def host_equivalence_of(config: Config) -> HostEquivalence:
+    """Return what tells whether root in a container is root on this host; who reaches this service may be, too."""
+    sockets = [str(address.path) for address in config.addresses if address.path is not None]
+    return HostEquivalence(sockets=sockets, directories=[str(config.state_dir)])
+
+
+def default_policy_of(config: Config, owner_uid: int) -> Policy:
+    """Return the policy of a service that has no file of it."""
+    return default_policy(
+        owner_uid, allow_privileged=config.allow_privileged, allow_host_equivalent=config.allow_host_equivalent
     )
 
 
@@ -273,6 +291,15 @@ def _runtime(config: Config, cgroups: SessionCgroups, store: FdStore) -> ConmonR
 
 def _read_accounts(pid: int) -> tuple[bytes, bytes]:
     return read_in_container(pid, "/etc/passwd"), read_in_container(pid, "/etc/group")
+
+
+def _check_powers() -> None:
+    """Unavailable for a root that cannot take capabilities away: runtimes of some ages hand them all on then."""
+    if os.geteuid() == 0 and _SETPCAP not in capabilities.names(proc.own_capabilities()):
+        raise Unavailable(
+            f"{_SETPCAP} is missing: without it a runtime cannot drop the capabilities that a container must not have",
+            hint="give it back to the service: CapabilityBoundingSet= of its unit, --cap-add of its container",
+        )
 
 
 def _take_state_dir(path: Path, cleanup: contextlib.AsyncExitStack) -> None:

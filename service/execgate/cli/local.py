@@ -1,4 +1,4 @@
-"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`."""
+"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`, `policy`."""
 
 import argparse
 import asyncio
@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 from execgate import logs
-from execgate.cli import doctor
+from execgate.cli import doctor, policy
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
-from execgate.engine import DATABASE, catalog_of
+from execgate.engine import DATABASE, catalog_of, default_policy_of
+from execgate.gate.policy import policy_in_force
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
@@ -55,6 +56,7 @@ def add_commands(commands: Any) -> None:
         help="default auto: uvloop where it is installed",
     )
     serve.add_argument("--socket-mode", metavar="MODE", help="permissions of the unix sockets (default 0660)")
+    serve.add_argument("--policy", metavar="FILE", help=policy.POLICY_HELP)
     serve.add_argument("--socket-group", metavar="GROUP", help="group of the unix sockets (default: the service's)")
 
     _command(commands, "reload", _reload, "replace the running service: new code, new configuration, no client notices")
@@ -74,6 +76,7 @@ def add_commands(commands: Any) -> None:
     for table in (containers, sessions):
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.add_command(partial(_command, commands))
+    policy.add_commands(commands, _command)
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
 
 
@@ -128,9 +131,10 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     if config.rootless == "auto":
         enter_podman(os.environ)
     factory = _loop_factory(config.event_loop)
+    in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link))
+            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid())))
     return 0
 
 
@@ -275,6 +279,7 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         ],
         "runtimes": {name: str(path) for name, path in config.runtime_paths().items()},
         "conmon": str(config.conmon_path() or ""),
+        "policy": str(config.policy_path() or ""),
     }
     places = asdict(config.places())
     found |= {name: str(places[name]) for name in found if name in places and name != "runtimes"}
@@ -284,6 +289,7 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         for name, path in config.runtime_paths().items()
         if not os.access(path, os.X_OK)
     ]
+    problems += policy.problems(config)
     problems += [] if config.runtime_paths() else ["neither runc nor crun is installed"]
     conmon = config.conmon_path()
     if conmon is None or not os.access(conmon, os.X_OK):

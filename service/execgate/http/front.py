@@ -17,6 +17,7 @@ import asyncio
 import logging
 import os
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import cast
@@ -26,8 +27,10 @@ from aiohttp import web
 
 from execgate.http.dialects import DOCKER, Dialect, dialect_of
 from execgate.http.errors import error_json
+from execgate.http.peers import unix_peer
 from execgate.http.progress import Progress
 from execgate.model.errors import Internal
+from execgate.model.principal import Principal
 from execgate.wire.request_head import BadRequest, Body, Head, NeedData, RequestSplitter
 
 log = logging.getLogger(__name__)
@@ -68,11 +71,13 @@ class FrontProtocol(asyncio.Protocol):
         read: bytes = b"",
         resumed: Progress | None = None,
         idle: float | None = None,
+        peer: Principal | None = None,
     ) -> None:
         """`told` is called when a request has its answer or is patient, when all is written, and at the end of it all.
 
         `read` is what another front has read of the connection and handed over, and `resumed` what was done of the
-        first request in it. `idle` is how many seconds the first byte to come may take; None: HEAD_TIMEOUT.
+        first request in it. `idle` is how many seconds the first byte to come may take; None: HEAD_TIMEOUT. `peer` is
+        who has proven to be at the other end.
         """
         self._inner = inner
         self._told = told
@@ -93,6 +98,8 @@ class FrontProtocol(asyncio.Protocol):
         self._repeatable = False
         self._frozen = False
         self._patient = False
+        self.peer = peer
+        """Who is at the other end, as far as the connection itself proves that."""
         self.resumed = resumed
         """What an earlier service has done of the request that is being answered; None: it is a client's."""
         self.progress: Callable[[], Progress | None] = lambda: self.resumed
@@ -243,6 +250,7 @@ class FrontProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
+        self.peer = self.peer or _peer_of(transport)
         self._arm(HEAD_TIMEOUT if self._idle is None else self._idle)
         self._inner.connection_made(transport)
         if self._frozen:
@@ -451,3 +459,10 @@ def _error_response(dialect: Dialect, status: int, message: str) -> bytes:
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body
+
+
+def _peer_of(transport: asyncio.BaseTransport) -> Principal | None:
+    connection = transport.get_extra_info("socket")
+    if connection is None or connection.family != socket.AF_UNIX:
+        return None
+    return unix_peer(connection)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
@@ -40,9 +41,15 @@ _TURNS = 5
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
-def build_application(trees: Iterable[Tree], streams: OpenStreams) -> web.Application:
-    """Return the application that serves these trees, and hijacks connections into `streams`."""
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware])
+def build_application(
+    trees: Iterable[Tree], streams: OpenStreams, middlewares: Iterable[Middleware] = ()
+) -> web.Application:
+    """Return the application that serves these trees, and hijacks connections into `streams`.
+
+    `middlewares` stand before the handlers, and what they raise is answered in the words of the tree.
+    """
+    around = [front_middleware, error_middleware, *middlewares]
+    app = web.Application(client_max_size=MAX_BODY, middlewares=around)
     app[OPEN_STREAMS] = streams
     for tree in trees:
         for method, path, handler in tree.routes():

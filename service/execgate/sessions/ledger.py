@@ -208,6 +208,7 @@ def _event(action: str, session: ExecSession, time_ns: int, **attributes: str) -
             "execID": session.id,
             **attributes,
         },
+        owner=session.owner,
     )
 
 
