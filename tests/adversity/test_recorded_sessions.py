@@ -17,6 +17,7 @@ import pytest
 
 from execgate.gate.cast import What
 from execgate.gate.recording import RESTARTED
+from support.access import EVERYTHING, rule, write_policy
 from support.api import RawApi
 from support.faults import fifo
 from support.recordings import Recorded, recording_service
@@ -288,6 +289,31 @@ def test_an_end_that_nobody_saw(
     assert found.notes[0] == RESTARTED
     assert found.notes[1].startswith("exit code 4 (")
     assert len(found.notes) == 2
+    service.assert_clean_log()
+
+
+def test_the_rule_says_what_is_recorded(
+    new_service: NewService, runc_container: TestContainer, directory: Path
+) -> None:
+    """One that says nothing of it leaves it to the service; the recording tells whose session and which rule it was."""
+    write_policy(
+        directory,
+        rule("input", ["uid:0"], argv=[["cat"]], record="all", record_failure="closed", **EVERYTHING),
+        rule("rest", ["uid:0"], argv=[["wc"]], **EVERYTHING),
+    )
+    service, recordings = recording_service(new_service, directory, "output")
+    api = RawApi(service.socket)
+    for command, given, failing in (("cat", b"typed", True), ("wc", b"", False)):
+        api.pipe(runc_container.id, command, stdin=b"typed")
+        session = api.call("GET", "/exec/json").json[-1]
+        found = recordings.of(session["ID"])
+        assert found.stdin == given
+        assert (found.head["execgate"]["owner"], found.head["execgate"]["rule"]) == (session["Owner"], session["Rule"])
+        assert session["Rule"] == ("input" if failing else "rest")
+    recordings.directory.chmod(0o777)
+    refused = api.call("POST", f"/containers/{runc_container.id}/exec/run", {"Cmd": ["cat"]})
+    assert refused.status == 503, refused
+    assert api.pipe(runc_container.id, "wc").exit_code == 0
     service.assert_clean_log()
 
 
