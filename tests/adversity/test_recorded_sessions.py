@@ -237,11 +237,12 @@ def test_reloads(new_service: NewService, container: TestContainer, directory: P
     typed = b"x" * (3000 if tty else 300_000)
     with fifo(container, "reloads") as go:
         script = (
-            "stty -opost -echo raw 2>/dev/null; read line </tmp/reloads; "
+            "stty -opost -echo raw 2>/dev/null; echo ready; read line </tmp/reloads; "
             f"while [ -e /tmp/data ]; do cat /tmp/data; sleep 0.1; done; head -c {len(typed)} | wc -c"
         )
         session = api.create_attached(container.id, "sh", "-c", script, Tty=tty)
         with api.attach(session, Detach=False, Tty=tty) as stream, ThreadPoolExecutor(2) as threads:
+            assert stream.output_until(b"ready\n") == b"ready\n"  # before that a terminal echoes
             go()
             sending = threads.submit(stream.send, typed)
             seen = threads.submit(lambda: b"".join(piece for _, piece in stream.pieces()))
@@ -253,7 +254,7 @@ def test_reloads(new_service: NewService, container: TestContainer, directory: P
             sending.result()
             output = seen.result()
     found = recordings.of(session)
-    same(found.stdout, output)
+    same(found.stdout, b"ready\n" + output)
     rounds, rest = divmod(len(output), len(data))
     assert output[-rest:] == f"{len(typed)}\n".encode()
     same(output[:-rest], data * rounds)
