@@ -117,8 +117,8 @@ class ContainerInfo:
 class SessionInfo:
     """A session as the service sees it now.
 
-    `pid` is the process's on the host and `container_pid` in its container, 0 when it does not run; `timeout` is
-    seconds, 0 for none; `error` is why a start failed.
+    `pid` is the process's on the host and `container_pid` in its container, 0 when it does not run; `timeout` and
+    `idle_timeout` are seconds, 0 for none; `error` is why a start failed, or why the service ended it.
     """
 
     id: SessionId
@@ -138,6 +138,7 @@ class SessionInfo:
     capture_stderr: bool
     on_disconnect: OnDisconnect
     timeout: float
+    idle_timeout: float
     labels: Mapping[str, str]
     pid: int
     container_pid: int
@@ -673,6 +674,7 @@ def _create_body(config: ExecConfig) -> dict[str, Any]:
         "User": config.user,
         "WorkingDir": config.working_dir,
         "Timeout": config.timeout or 0,
+        "IdleTimeout": config.idle_timeout or 0,
         "Labels": dict(config.labels),
         "CaptureStdout": config.capture_stdout,
         "CaptureStderr": config.capture_stderr,
@@ -714,6 +716,7 @@ def _session(found: Mapping[str, Any]) -> SessionInfo:
         capture_stderr=found["CaptureStderr"],
         on_disconnect=OnDisconnect(found["OnDisconnect"]),
         timeout=found["Timeout"],
+        idle_timeout=found.get("IdleTimeout", 0),
         labels=found["Labels"],
         pid=found["Pid"],
         container_pid=found["ContainerPid"],

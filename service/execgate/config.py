@@ -22,6 +22,7 @@ from execgate.containers.states import RuntimeRoot
 from execgate.gate.audit_log import AuditSettings
 from execgate.http.certificates import TlsSettings
 from execgate.http.listeners import Address, parse_address
+from execgate.model.access import Record
 from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
 from execgate.rootless import user_id
@@ -36,6 +37,13 @@ def runtime_dir() -> Path:
     """Return where sockets and state are by default: /run, for a user $XDG_RUNTIME_DIR."""
     uid = user_id()
     return Path("/run") if uid == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}")
+
+
+def default_recordings_dir() -> Path:
+    """Return where recordings are kept when nobody says otherwise: they outlive the sessions, and a reboot."""
+    if user_id() == 0:
+        return Path("/var/lib/execgate/recordings")
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "execgate/recordings"
 
 
 def default_listen() -> str:
@@ -131,6 +139,11 @@ class Config(BaseModel):
     parallel_starts: Annotated[int, Field(ge=1, le=10_000)] = 64
     queued_starts: Annotated[int, Field(ge=0, le=1_000_000)] = 2_000
     capture_bytes: Annotated[int, Field(ge=64 * 1024, le=16 * 2**30)] = 16 * 2**20
+    record: Record = Record.NOTHING
+    record_failure: Literal["open", "closed"] = "open"
+    recordings_dir: _Path = Field(default_factory=default_recordings_dir)
+    recording_bytes: Annotated[int, Field(ge=64 * 1024, le=2**40)] = 64 * 2**20
+    recordings_total_bytes: Annotated[int, Field(ge=64 * 1024, le=2**50)] = 4 * 2**30
     policy: _Path | None = None
     allow_privileged: bool = False
     allow_host_equivalent: bool = False

@@ -26,6 +26,7 @@ from execgate.containers.host import host_catalog
 from execgate.gate.audit import open_audit
 from execgate.gate.equivalence import HostEquivalence
 from execgate.gate.policy import default_policy
+from execgate.gate.recording import FileRecordings
 from execgate.gate.rules import Policy
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
@@ -46,6 +47,7 @@ from execgate.sessions.local import LocalStream
 from execgate.sessions.manager import HandedSession, Limits, SessionManager
 from execgate.sessions.oneshot import RunResult
 from execgate.sessions.oneshot import run as run_once
+from execgate.sessions.recording import Recordings
 from execgate.sessions.store import SessionStore
 
 log = logging.getLogger(__name__)
@@ -165,6 +167,7 @@ async def open_engine(
     told: Sequence[Event] = (),
     next_event: int = 0,
     witness: Witness | None = None,
+    recordings: Recordings | None = None,
 ) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
@@ -172,7 +175,7 @@ async def open_engine(
     Who has one is a service that others wait for: it is open before it has looked around.
     `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered,
     `next_event` the number of the one that would have come next. `witness` is told of every step of a session; without
-    one it is the audit log of the configuration.
+    one it is the audit log of the configuration. `recordings` makes recordings, in files if it is not given.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
@@ -203,6 +206,9 @@ async def open_engine(
             limits=limits_of(config),
             captures=captures,
             witness=witness,
+            recordings=recordings or recordings_of(config),
+            record=config.record,
+            record_or_end=config.record_failure == "closed",
         )
         cleanup.push_async_callback(manager.close)
         past = told or manager.ends()
@@ -246,6 +252,13 @@ def look_around(catalog: Catalog, config: Config) -> None:
         for program in sorted(programs | set(config.runtime_paths().values())):
             for warning in runtime_version(program).warnings:
                 log.warning("%s: %s (%s)", program, warning, BACKPORTS)
+
+
+def recordings_of(config: Config) -> FileRecordings:
+    """Return where a configuration wants recordings to be made."""
+    return FileRecordings(
+        config.recordings_dir, session_bytes=config.recording_bytes, total_bytes=config.recordings_total_bytes
+    )
 
 
 def limits_of(config: Config) -> Limits:

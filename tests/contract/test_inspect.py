@@ -21,6 +21,7 @@ BEYOND_DOCKER = {
     "FinishedAt": NEVER,
     "TimedOut": False,
     "Timeout": 0,
+    "IdleTimeout": 0,
     "Labels": {},
     "CaptureStdout": False,
     "CaptureStderr": False,

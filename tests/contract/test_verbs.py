@@ -371,7 +371,8 @@ def test_remove_with_force(tree: str, api: Api, container: TestContainer) -> Non
     ("field", "value"),
     [
         ("Timeout", "5"), ("Timeout", -1), ("Timeout", -0.5), ("Timeout", True), ("Timeout", []),
-        ("Timeout", 365 * 86400 + 1), ("Labels", []), ("Labels", "a"), ("Labels", {"a": 1}), ("Labels", {"a": None}),
+        ("Timeout", 365 * 86400 + 1), ("IdleTimeout", "5"), ("IdleTimeout", -1),
+        ("Labels", []), ("Labels", "a"), ("Labels", {"a": 1}), ("Labels", {"a": None}),
         ("CaptureStdout", "yes"), ("CaptureStdout", 1), ("CaptureStderr", "false"), ("CaptureStderr", {}),
         ("OnDisconnect", "stay"), ("OnDisconnect", "KILL"), ("OnDisconnect", 1), ("OnDisconnect", True),
         ("PreserveFDs", "1"), ("PreserveFD", 3),
@@ -405,12 +406,12 @@ def test_descriptors_do_not_come_over_http(
 
 def test_what_inspect_says_of_the_fields(tree: str, api: Api, container: TestContainer) -> None:
     plain = api.inspect(api.create(container.id, "true", PreserveFDs=0, PreserveFD=[], Timeout=None, Labels=None))
-    names = ("Timeout", "Labels", "CaptureStdout", "CaptureStderr", "OnDisconnect")
-    assert [plain[name] for name in names] == [0, {}, False, False, ""]
-    fields = {"Timeout": 900.5, "Labels": {"a": "1", "": ""}, **KEPT, "OnDisconnect": "hup"}
+    names = ("Timeout", "IdleTimeout", "Labels", "CaptureStdout", "CaptureStderr", "OnDisconnect")
+    assert [plain[name] for name in names] == [0, 0, {}, False, False, ""]
+    fields = {"Timeout": 900.5, "IdleTimeout": 60.5, "Labels": {"a": "1", "": ""}, **KEPT, "OnDisconnect": "hup"}
     asked = api.create(container.id, "sh", "-c", "read x; echo $x; echo $x$x >&2", version=tree, **fields)
     before = api.inspect(asked)
-    assert [before[name] for name in names] == [900.5, {"a": "1", "": ""}, True, True, "hup"]
+    assert [before[name] for name in names] == [900.5, 60.5, {"a": "1", "": ""}, True, True, "hup"]
     assert before["StartedAt"] == before["FinishedAt"] == NEVER
     assert before["CreatedAt"] > NEVER
     assert (before["Pid"], before["ContainerPid"]) == (0, 0)

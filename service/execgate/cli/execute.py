@@ -50,6 +50,12 @@ def add_commands(commands: Any) -> None:
         "--timeout", type=seconds_of, metavar="SECONDS", help="end it with TERM, and soon KILL, after this time"
     )
     parser.add_argument(
+        "--idle-timeout",
+        type=seconds_of,
+        metavar="SECONDS",
+        help="end it in the same way when no byte has moved, in either direction, for this time",
+    )
+    parser.add_argument(
         "-l", "--label", dest="labels", action="append", default=[], metavar="K=V", help="label the session; repeatable"
     )
     parser.add_argument(
@@ -97,6 +103,7 @@ def _options(arguments: argparse.Namespace) -> ExecOptions:
         user=arguments.user,
         working_dir=arguments.workdir,
         timeout=arguments.timeout or None,
+        idle_timeout=arguments.idle_timeout or None,
         labels=labels,
         capture_stdout=arguments.capture,
         capture_stderr=arguments.capture,

@@ -55,6 +55,7 @@ class CreateBody(Body):
     preserve_fd: list[_Uint32] = []
     # Beyond Docker's.
     timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
+    idle_timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
     labels: dict[str, str] = {}
     capture_stdout: bool = False
     capture_stderr: bool = False

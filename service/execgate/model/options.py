@@ -21,6 +21,7 @@ class ExecOptions(TypedDict, total=False):
     user: str
     working_dir: str
     timeout: float | None
+    idle_timeout: float | None
     labels: Mapping[str, str]
     capture_stdout: bool
     capture_stderr: bool

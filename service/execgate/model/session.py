@@ -40,7 +40,7 @@ TRANSITIONS: frozenset[tuple[SessionState, SessionState]] = frozenset(
         ),  # its container is gone, or a start was refused before the spawn
         (SessionState.STARTING, SessionState.RUNNING),
         (SessionState.STARTING, SessionState.STOPPED),
-        (SessionState.RUNNING, SessionState.RUNNING),  # its time is over, and it is about to be ended
+        (SessionState.RUNNING, SessionState.RUNNING),  # more is known of it: that it is about to be ended, for example
         (SessionState.RUNNING, SessionState.STOPPED),
     }
 )
@@ -91,7 +91,8 @@ class ExecSession:
     Times are seconds since the epoch, for those who look. What is reckoned with is `since`: when the session came into
     its state, in seconds of the monotonic clock, which nobody sets and which means the same to every process of a boot;
     no record outlives that. `process` and `monitor` (conmon) are set while they are known to exist or have existed;
-    `exit` is set exactly when `state` is stopped. `error` is why a start failed. `transferred` is what had passed at
+    `exit` is set exactly when `state` is stopped. `error` is why a start failed, or why the service ended it: it
+    was idle for too long, or its recording was lost. `transferred` is what had passed at
     the end. `attended`: somebody is attached, or was until a service died, and the process is to go with its clients.
     `container_labels`, `aliases`, `engine` and `image` are those of the container at create: events show them, and
     rules go by them when it is gone. `owner` is the principal that created it, `rule` what permitted that; `record`

@@ -105,9 +105,13 @@ class Ledger:
         self._witness.step(after)
         return self._keep(session, after)
 
-    def expired(self, session: ExecSession) -> ExecSession:
+    def expired(self, session: ExecSession, error: str = "") -> ExecSession:
         """Keep that its time is over, before it is ended for it: whoever learns of its end cannot tell any more."""
-        return self._keep(session, replace(session, timed_out=True))
+        return self._keep(session, replace(session, timed_out=True, error=error))
+
+    def condemned(self, session: ExecSession, error: str) -> ExecSession:
+        """Keep why it is about to be ended by us, or would have been, were it not over."""
+        return self._keep(session, replace(session, error=error))
 
     def attended(self, session: ExecSession, *, attended: bool) -> ExecSession:
         """Keep whether somebody is attached."""
@@ -122,7 +126,7 @@ class Ledger:
         timed_out: bool = False,
         transferred: ByteCounts | None = None,
     ) -> ExecSession:
-        """Keep the end, then tell it."""
+        """Keep the end, then tell it. Without an `error` it has the one that is known already."""
         now, since = _time_of_step(session)
         after = replace(
             session,
@@ -130,7 +134,7 @@ class Ledger:
             finished_at=now,
             since=since,
             exit=status,
-            error=error,
+            error=error or session.error,
             timed_out=timed_out,
             transferred=transferred or ByteCounts(),
         )

@@ -22,6 +22,7 @@ from execgate.runtime.tree import ProcessTree
 from execgate.sessions.backlog import Backlog
 from execgate.sessions.ledger import Ledger
 from execgate.sessions.pump import Client, ClientGone, Departure, Feeder, Follower, Lagging, Pump, Stdin
+from execgate.sessions.recording import Recording, Unrecorded
 from execgate.wire import stdcopy
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ BOTH = frozenset({stdcopy.STDOUT, stdcopy.STDERR})
 
 _REATTACH_GRACE = 60.0
 """Seconds in which clients that were lost with the service before this one can come back. Then they are absent."""
+
+_LOOKS = 10
+"""How often within an idle timeout it is looked whether bytes have moved: an end comes up to this part of it late."""
+
+_LOOK_EVERY = 5.0
+"""Seconds between two looks at most."""
 
 _GO_WITH_CLIENTS = frozenset({OnDisconnect.HUP, OnDisconnect.KILL})
 
@@ -148,6 +155,7 @@ class LiveSession:
         drain: float,
         grace: float,
         over: Callable[["LiveSession"], None],
+        recording: Recording | None = None,
     ) -> None:
         self.session = session
         self.backlog = backlog
@@ -161,12 +169,15 @@ class LiveSession:
         self._drain = drain
         self._grace = grace
         self._over = over
+        self._recording = recording or Unrecorded()
         self._size: ConsoleSize | None = None  # asked for during the start
         self._pump: Pump | None = None
         self._clients = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._timers: list[asyncio.TimerHandle] = []
         self._timed_out = False
+        self._last_words = ""  # what its first client is told at the end
         self._exited: asyncio.Future[ExitStatus] | None = None
         self._first: tuple[AttachedClient, Feeder | None] | None = None
         self._attached: list[_Attached] = []
@@ -256,7 +267,9 @@ class LiveSession:
 
     def fail(self, error: StartFailed) -> None:
         """End the session as one that never ran."""
-        self._end(ExitStatus(error.exit_code, ExitSource.START_FAILURE), error=error.message)
+        status = ExitStatus(error.exit_code, ExitSource.START_FAILURE)
+        self._recording.finish(status, error.message)
+        self._end(status, error=error.message)
         self.backlog.finish()
         self._settle()
 
@@ -290,6 +303,7 @@ class LiveSession:
             if (tree := self._execution().tree) is not None and tree.alive:
                 raise
             raise self._not_running() from None
+        self._recording.resized(size)
 
     async def signal(self, number: int) -> None:
         """Send a signal to the process; SIGKILL to its whole tree. Conflict when it does not run."""
@@ -414,19 +428,24 @@ class LiveSession:
         self._settle()
         if self._size is not None:
             with contextlib.suppress(ExecgateError):  # the process may be over already
-                execution.resize(self._size)
+                self.resize(self._size)
 
     async def _attend(self, client: AttachedClient | None) -> None:
         """See the running process to its end. Whatever happens, its client is not left waiting."""
         message = ""
         try:
-            self._end(await self._deliver(client))
+            status = await self._deliver(client)
+            self._recording.finish(status, self.session.error)
+            await self._recording.closed()  # whoever learns of the end finds all of it
+            self._end(status)
+            message = self._last_words
         except asyncio.CancelledError:  # the service stops; the process does not
             if not self._leaving:
                 self._let_go(client)
             raise
         except Exception as error:
             message = self._unforeseen(error).message
+            self._recording.leave()
             self._over(self)
         self.backlog.finish()
         try:
@@ -440,15 +459,14 @@ class LiveSession:
     async def _deliver(self, client: AttachedClient | None) -> ExitStatus:
         """Deliver all output, and return the exit code."""
         execution, config = self._execution(), self.session.config
-        self.stdin = Stdin(execution.streams.input)
-        captured = {stdcopy.STDOUT: config.capture_stdout, stdcopy.STDERR: config.capture_stderr}
-        kept = frozenset(stream for stream, wanted in captured.items() if wanted) or BOTH
+        self.stdin = Stdin(execution.streams.input, self._recording)
         self._pump = Pump(
             execution.streams,
             self.stdin,
             self.backlog,
-            captured=BOTH if config.tty else kept,
+            captured=self._captured_outputs() or self._attached_outputs(),
             transferred=self._handed.transferred,
+            recording=self._recording,
         )
         if client is not None:
             self._join(client, self._pump)
@@ -456,7 +474,8 @@ class LiveSession:
             self.stdin.close()
         self._exited = asyncio.ensure_future(execution.wait())
         self._exited.add_done_callback(self._sweep_up)
-        self._arm_timeout()
+        self._arm_timeouts(self._pump)
+        self._recording.when_lost(self._unrecorded)
         watching = asyncio.ensure_future(self._watch(client, self._pump)) if client is not None else None
         try:
             await self._pump.run(self._exited, self._drain)
@@ -464,8 +483,9 @@ class LiveSession:
                 await asyncio.wait(self._kills)
             return self._exited.result()
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._idle_timer):
+                if timer is not None:
+                    timer.cancel()
             await _end_all(self._exited, *([watching] if watching is not None else []))
 
     def _join(self, client: AttachedClient, pump: Pump) -> None:
@@ -495,10 +515,16 @@ class LiveSession:
         pump.lose()
 
     def _attached_outputs(self) -> frozenset[int]:
-        config = self.session.config
-        if config.tty:
-            return BOTH if config.attach_stdout or config.attach_stderr else frozenset()
-        wanted = {stdcopy.STDOUT: config.attach_stdout, stdcopy.STDERR: config.attach_stderr}
+        return self._outputs(self.session.config.attach_stdout, self.session.config.attach_stderr)
+
+    def _captured_outputs(self) -> frozenset[int]:
+        return self._outputs(self.session.config.capture_stdout, self.session.config.capture_stderr)
+
+    def _outputs(self, stdout: bool, stderr: bool) -> frozenset[int]:
+        """Return the streams that are wanted; of a terminal all or nothing."""
+        if self.session.config.tty:
+            return BOTH if stdout or stderr else frozenset()
+        wanted = {stdcopy.STDOUT: stdout, stdcopy.STDERR: stderr}
         return frozenset(stream for stream, is_wanted in wanted.items() if is_wanted)
 
     def _first_client_left(self, client: AttachedClient, departure: Departure) -> None:
@@ -538,19 +564,54 @@ class LiveSession:
         elif policy is OnDisconnect.KILL:
             self._do(tree.kill(self._monitor()), self._kills)
 
-    def _arm_timeout(self) -> None:
-        timeout = self.session.config.timeout
-        if timeout is not None:
-            left = self.session.since + timeout - time.monotonic()  # less than all, if an earlier service started it
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._expire)
+    def _arm_timeouts(self, pump: Pump) -> None:
+        config, loop = self.session.config, asyncio.get_running_loop()
+        if self._timed_out:  # an earlier service has begun to end it
+            self._timer = loop.call_soon(self._expire, self.session.error)
+            return
+        if config.timeout is not None:
+            left = self.session.since + config.timeout - time.monotonic()  # not all, if an earlier service started it
+            self._timer = loop.call_later(max(0.0, left), self._expire)
+        if config.idle_timeout is not None:
+            self._look_for_idleness(pump, config.idle_timeout, pump.moved, loop.time())
 
-    def _expire(self) -> None:
+    def _look_for_idleness(self, pump: Pump, timeout: float, moved: int, since: float) -> None:
+        """End it when no byte has moved for `timeout` seconds: it had moved `moved` of them at `since`.
+
+        Looking now and then costs a session that moves bytes nothing. What moved between two looks counts as if it
+        had moved just before the second one. A service that takes it over begins to count anew.
+        """
+        loop = asyncio.get_running_loop()
+        if pump.moved != moved:
+            moved, since = pump.moved, loop.time()
+        left = since + timeout - loop.time()
+        if left <= 0:
+            self._expire(f"idle for {timeout:g} seconds")
+            return
+        pause = min(left, timeout / _LOOKS, _LOOK_EVERY)
+        self._idle_timer = loop.call_later(pause, self._look_for_idleness, pump, timeout, moved, since)
+
+    def _expire(self, error: str = "") -> None:
         tree = self._execution().tree
         if tree is None or not tree.alive:
             return  # the process was in time; its end is not noticed yet, or a background child holds the output
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         self._timed_out = True
-        self.session = self._ledger.expired(self.session)
+        self.session = self._ledger.expired(self.session, error)
         self._do(self.stop(self._grace), self._kills)
+
+    def _unrecorded(self, reason: str) -> None:
+        """Its recording is lost. If it must not go on without, it is killed, and nobody gets what was not recorded."""
+        if not self.session.record_or_end or self._leaving or self._parted:
+            return
+        self._last_words = f"the session is ended: {reason}"
+        self.session = self._ledger.condemned(self.session, reason)
+        assert self._pump is not None
+        self._pump.hush()
+        self.stdin.close()
+        if (tree := self._execution().tree) is not None:
+            self._do(tree.kill(self._monitor()), self._kills)
 
     def _sweep_up(self, exited: "asyncio.Future[ExitStatus]") -> None:
         """Kill what the monitor, whose own timeout ends the process alone, has left of the tree."""
@@ -570,6 +631,7 @@ class LiveSession:
     def _let_go(self, client: AttachedClient | None) -> None:
         """Part from a process that may live on."""
         self._parted = True
+        self._recording.leave()
         self._over(self)
         self._settle()
         self._execution().leave()

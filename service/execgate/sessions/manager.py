@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from execgate.containers import proc
-from execgate.model.access import Grant
+from execgate.model.access import Grant, Record
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
 from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed, Unavailable
@@ -43,6 +43,7 @@ from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
 from execgate.sessions.ledger import Ledger, Witness
 from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, Handed, LiveSession
+from execgate.sessions.recording import NoRecordings, Recording, Recordings, Unrecorded
 from execgate.sessions.store import SessionStore, StateChanged
 
 log = logging.getLogger(__name__)
@@ -179,8 +180,14 @@ class SessionManager:
         limits: Limits,
         captures: Path,
         witness: Witness | None = None,
+        recordings: Recordings | None = None,
+        record: Record = Record.NOTHING,
+        record_or_end: bool = False,
     ) -> None:
-        """`captures` is the directory of captured output; it is made when it is needed."""
+        """`captures` is the directory of captured output; it is made when it is needed.
+
+        `record` and `record_or_end` say how sessions are recorded of which no rule says it.
+        """
         self._containers = containers
         self._runtime = runtime
         self._store = store
@@ -189,6 +196,9 @@ class SessionManager:
         self._all_capabilities = all_capabilities
         self._limits = limits
         self._captures = captures
+        self._recordings = recordings or NoRecordings()
+        self._record = record
+        self._record_or_end = record_or_end
         self._gate = StartGate(limits.parallel_starts, limits.queued_starts)
         self._live: dict[SessionId, LiveSession] = {}
         self._ending: set[LiveSession] = set()  # over, and on record as such, but not cleared up yet
@@ -211,6 +221,7 @@ class SessionManager:
         user = await self._resolve_user(container, config.user)
         grant = caller.grant(container, config, user)
         self._check_room(container.id, grant)
+        told = bool(grant.record)
         session = ExecSession(
             id=new_session_id(),
             container=self._containers.binding(container),
@@ -225,8 +236,8 @@ class SessionManager:
             image=container.image,
             owner=grant.owner,
             rule=grant.rule,
-            record=grant.record,
-            record_or_end=grant.record_or_end,
+            record=grant.record if told else self._record,
+            record_or_end=grant.record_or_end if told else self._record_or_end,
         )
         self._ledger.created(session)
         # Behind the answer, while the client reads it.
@@ -470,7 +481,8 @@ class SessionManager:
             if before is not None and isinstance(backlog, MemoryBacklog):
                 backlog.restore(before.output)
             execution = self._runtime.adopt(session)
-            live = self._new_live(self._known_to_run(session, execution), backlog)
+            recording = self._recordings.resume(session, in_order=before is not None) if session.record else None
+            live = self._new_live(self._known_to_run(session, execution), backlog, recording)
             live.adopt(execution, before.live if before is not None else None)
             self._watched.add(live)
         for session_id in handed.keys() - self._live.keys():
@@ -495,6 +507,7 @@ class SessionManager:
             if (other := told.get(live.session.id)) is not None:  # the same capture
                 watchers += other.live.attachments
             told[live.session.id] = _handed(live, Handed(attachments=watchers))
+        await self._recordings.close()  # what will be written from here on is the next service's
         return told
 
     def ends(self) -> Sequence[Event]:
@@ -525,6 +538,7 @@ class SessionManager:
         if ending:
             await asyncio.wait(ending, timeout=_END_GRACE)
             await asyncio.gather(*[live.close() for live in list(self._ending)])
+        await self._recordings.close()
 
     def sweep(self) -> int:
         """Forget what is past its time; return how many sessions that were."""
@@ -616,13 +630,14 @@ class SessionManager:
                 raise _already_started(session)
             asked_before = self._early_sizes.get(session.id)
             request = self._request(session, container, size, attach=attach, preserved=preserved)
+            recording = await self._begin_recording(session, size or asked_before or session.config.console_size)
             begun: LiveSession | None = None
 
             def intend() -> str:
                 nonlocal begun
                 if self._handing_over:
                     raise _TooLate
-                begun = self._new_live(self._ledger.starting(session), self._new_backlog(session))
+                begun = self._new_live(self._ledger.starting(session), self._new_backlog(session), recording)
                 asked = self._early_sizes.pop(session.id, None)
                 if asked is not None and asked is not asked_before:  # while the monitor was spawned
                     begun.resize(asked)
@@ -633,13 +648,17 @@ class SessionManager:
             try:
                 execution = await self._runtime.prepare(request, intend)
             except StateChanged:
+                recording.discard()
                 raise _already_started(self.inspect(session_id)) from None
             except _TooLate:  # nothing was begun: the next service is asked once more
+                recording.discard()
                 await asyncio.get_running_loop().create_future()
                 raise
             except BaseException as error:
-                if begun is not None:  # else nothing was begun, and it may be started again
+                if begun is not None:
                     begun.fail(StartFailed(str(error), 128))
+                else:  # nothing was begun, and it may be started again
+                    recording.discard()
                 raise
             assert begun is not None
             begun.execution = execution
@@ -657,6 +676,9 @@ class SessionManager:
         except BaseException:
             await begun.undo()
             raise
+
+    async def _begin_recording(self, session: ExecSession, size: ConsoleSize | None) -> Recording:
+        return await self._recordings.begin(session, size) if session.record else Unrecorded()
 
     @contextlib.asynccontextmanager
     async def _preparation(self, session_id: str) -> AsyncIterator[Callable[[], None]]:
@@ -719,6 +741,8 @@ class SessionManager:
         config = session.config
         # What may be attached to later has to be there from the start.
         attach = attach or config.on_disconnect is OnDisconnect.KEEP
+        # Whoever records, or waits for a pause, has to have all output.
+        all_output = session.record is not Record.NOTHING or config.idle_timeout is not None
         limit = None
         if config.timeout is not None:  # the monitor's own is for the time in which no service runs
             limit = config.timeout + self._limits.timeout_grace
@@ -727,13 +751,13 @@ class SessionManager:
             container=container,
             process=process,
             stdin=attach and config.attach_stdin,
-            stdout=(attach and config.attach_stdout) or config.capture_stdout,
-            stderr=(attach and config.attach_stderr) or config.capture_stderr,
+            stdout=all_output or (attach and config.attach_stdout) or config.capture_stdout,
+            stderr=all_output or (attach and config.attach_stderr) or config.capture_stderr,
             timeout=limit,
             preserved=tuple(preserved),
         )
 
-    def _new_live(self, session: ExecSession, backlog: Backlog) -> LiveSession:
+    def _new_live(self, session: ExecSession, backlog: Backlog, recording: Recording | None) -> LiveSession:
         def over(live: LiveSession) -> None:
             if self._live.get(session.id) is live:
                 del self._live[session.id]
@@ -743,7 +767,13 @@ class SessionManager:
             self._early_sizes.pop(session.id, None)
 
         live = self._live[session.id] = LiveSession(
-            session, self._ledger, backlog, drain=self._limits.drain, grace=self._limits.timeout_grace, over=over
+            session,
+            self._ledger,
+            backlog,
+            drain=self._limits.drain,
+            grace=self._limits.timeout_grace,
+            over=over,
+            recording=recording,
         )
         return live
 

@@ -13,6 +13,7 @@ accepted, so a slow client slows the process and a slow process slows the client
   to the client's socket and back (splice(2)); else they are copied. It is decided anew for each piece.
 - The outputs end by themselves when all writers have closed. A background child may keep them open for ever: once
   the process itself has ended they get `drain` more seconds, then what is buffered is delivered and that is all.
+- A session that is recorded (`sessions.recording`) has all its bytes copied, and given to the recording first.
 """
 
 import asyncio
@@ -34,6 +35,7 @@ from execgate.runtime.streams import (
     Waiting,
 )
 from execgate.sessions.backlog import Backlog
+from execgate.sessions.recording import Recording, Unrecorded
 from execgate.wire import stdcopy
 from execgate.wire.detach_keys import DetachFilter
 
@@ -85,17 +87,23 @@ class Interrupted(asyncio.CancelledError):
 class Stdin:
     """The process's stdin, for all who may write to it. What nobody reads is thrown away and blocks no writer."""
 
-    def __init__(self, target: Input | None) -> None:
+    def __init__(self, target: Input | None, recording: Recording | None = None) -> None:
         self._target = target
+        self._recording = recording or Unrecorded()
+        self._counter = target  # it goes on counting when it is over
         self._turn = asyncio.Lock()
         self._ended = target is None
         self._frozen = False
-        self.written = 0
 
     @property
     def open(self) -> bool:
         """Whether anything can still be written."""
         return not self._ended
+
+    @property
+    def written(self) -> int:
+        """How many bytes it has got so far."""
+        return self._counter.written if self._counter is not None else 0
 
     async def write(self, data: bytes) -> None:
         """Write all of `data`, waiting for room and for one's turn. Interrupted, when it is cancelled in the middle."""
@@ -105,12 +113,19 @@ class Stdin:
             async with self._using() as target:
                 before = target.written
                 try:
+                    if self._recording.input:
+                        await self._recording.room()
                     await target.write(data)
                 except asyncio.CancelledError as error:
                     raise Interrupted(data[target.written - before :]) from error
+                finally:
+                    if self._recording.input:
+                        self._recording.given(data[: target.written - before])
 
     async def splice(self, inflow: Inflow) -> bool:
         """Take much input that waits, as `Input.splice` does. When it is cancelled, nothing is between the two."""
+        if self._recording.input:
+            return False
         with contextlib.suppress(InputClosed):
             async with self._using() as target:
                 return await target.splice(inflow)
@@ -118,19 +133,17 @@ class Stdin:
 
     @contextlib.asynccontextmanager
     async def _using(self) -> AsyncIterator[Input]:
-        """Have the target for oneself, and count what it gets. InputClosed, when there is none any more."""
+        """Have the target for oneself. InputClosed, when there is none any more."""
         async with self._turn:
             target = self._target
             if self._ended or target is None:
                 raise InputClosed
-            before = target.written
             try:
                 yield target
             except InputClosed:
                 self._target, self._ended = None, True
                 raise
             finally:
-                self.written += target.written - before
                 if self._ended:
                     self._end()
 
@@ -166,9 +179,11 @@ class Pump:
         *,
         captured: frozenset[int],
         transferred: ByteCounts | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self._outputs = streams.outputs
         self._stdin = stdin
+        self._recording = recording or Unrecorded()
         self._backlog = backlog
         self._captured = captured
         self._recorders: Recorders = dict.fromkeys(captured, backlog.recorder) if backlog.recorder is not None else {}
@@ -180,11 +195,18 @@ class Pump:
         transferred = transferred or ByteCounts()
         self._before = transferred.stdin
         self._count = {stdcopy.STDOUT: transferred.stdout, stdcopy.STDERR: transferred.stderr}
+        self._promised: set[Waiting] = set()  # counted, and some of it may still be in its pipe
 
     @property
     def transferred(self) -> ByteCounts:
         """What has passed so far."""
         return ByteCounts(self._before + self._stdin.written, self._count[stdcopy.STDOUT], self._count[stdcopy.STDERR])
+
+    @property
+    def moved(self) -> int:
+        """A number that grows with every byte that moves, in either direction and by whatever way."""
+        moved = self.transferred
+        return moved.stdin + moved.stdout + moved.stderr - sum(waiting.left for waiting in self._promised)
 
     def join(
         self, client: Client, feeder: "Feeder", *, wanted: frozenset[int], left: Callable[[Departure], None]
@@ -219,6 +241,11 @@ class Pump:
             await asyncio.gather(*helpers, return_exceptions=True)
             self._backlog.close()
 
+    def hush(self) -> None:
+        """From now on have nobody get what the process writes; it is read and thrown away."""
+        self._wanted = self._captured = frozenset()
+        self._recorders = {}
+
     def lose(self) -> None:
         """Take note that the first client is gone. What it has sent before is still input; then it has left."""
         if self._client is None:
@@ -238,6 +265,7 @@ class Pump:
 
     async def _forward(self, output: Output) -> None:
         while True:
+            await self._recording.room()
             waiting = await output.bulk() if self._alone else None
             if waiting is not None and self._alone:  # still: others may have come while it waited
                 await self._move(waiting)
@@ -248,6 +276,7 @@ class Pump:
 
     async def _copy(self, stream: int, data: bytes) -> None:
         self._count[stream] += len(data)
+        self._recording.wrote(stream, data)
         if stream in self._captured and stream not in self._recorders:
             self._backlog.append(stream, data)
         if self._client is not None and stream in self._wanted:
@@ -260,18 +289,22 @@ class Pump:
         """Have the kernel move what waits. Those who begin to watch in the meantime see what comes after it."""
         self._count[waiting.stream] += waiting.left
         self._backlog.skip(waiting.left)
+        self._promised.add(waiting)
         try:
             if self._conduit is not None and waiting.stream in self._wanted:
                 await self._conduit.send_waiting(waiting)
         except ClientGone:
             self.lose()
+        finally:
+            self._promised.discard(waiting)
         with contextlib.suppress(OutputGone):
             waiting.read()  # what has become nobody's
 
     @property
     def _alone(self) -> bool:
         """Whether the first client is the only one who gets the output, and the kernel can move it there."""
-        return self._conduit is not None and not self._recorders and not self._backlog.watched
+        looked_at = self._recorders or self._recording.output or self._backlog.watched
+        return self._conduit is not None and not looked_at
 
     async def _feed(self, feeder: "Feeder") -> None:
         if (departure := await feeder.run()) is not None:

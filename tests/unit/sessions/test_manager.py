@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from execgate.model.access import Record
 from execgate.model.config import ConsoleSize, ExecConfig
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, OciRuntime
 from execgate.model.errors import Conflict, Exhausted, Internal, NotFound, StartFailed, Unavailable
@@ -23,6 +24,7 @@ from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.events import EventBus
 from execgate.sessions.ledger import Witness
 from execgate.sessions.manager import AlreadyStarted, Limits, SessionManager
+from execgate.sessions.recording import Recording, Recordings, Unrecorded
 from execgate.sessions.store import SessionStore
 
 INIT = ProcessIdentity(4_000_000, 1)
@@ -225,7 +227,14 @@ async def world(tmp_path: Path) -> Any:
     world.store.close()
 
 
-def make_world(path: Path, *, witness: Witness | None = None, **limits: Any) -> World:
+def make_world(
+    path: Path,
+    recordings: Recordings | None = None,
+    record: Record = Record.NOTHING,
+    *,
+    witness: Witness | None = None,
+    **limits: Any,
+) -> World:
     said: list[str] = []
     store = RecordingStore(path / "sessions.db", boot_id="boot")
     store.said = said
@@ -240,6 +249,9 @@ def make_world(path: Path, *, witness: Witness | None = None, **limits: Any) -> 
         limits=Limits(**{"drain": 0.0, **limits}),
         captures=path / "captures",
         witness=witness,
+        recordings=recordings,
+        record=record,
+        record_or_end=recordings is not None,
     )
     return World(said, store, containers, runtime, events, manager)
 
@@ -887,6 +899,51 @@ async def witnessed(tmp_path: Path) -> Any:
     world = make_world(tmp_path, witness=witness)
     witness.said = world.said
     yield world, witness
+
+
+# -- recordings
+
+
+class FakeRecordings:
+    """Begins recordings, or refuses to; writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.full = False
+
+    async def begin(self, session: ExecSession, size: ConsoleSize | None) -> Recording:
+        self.said.append(f"begin {session.record} {size}")
+        if self.full:
+            raise Unavailable("the session cannot be recorded, and must not run without")
+        return FakeRecording(self.said)
+
+    def resume(self, session: ExecSession, *, in_order: bool) -> Recording:
+        self.said.append(f"resume {in_order}")
+        return FakeRecording(self.said)
+
+    async def close(self) -> None:
+        self.said.append("close")
+
+
+class FakeRecording(Unrecorded):
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def finish(self, status: ExitStatus, remark: str = "") -> None:
+        self._said.append(f"finish {status.code} {remark}")
+
+    def leave(self) -> None:
+        self._said.append("leave")
+
+    def discard(self) -> None:
+        self._said.append("discard")
+
+
+@pytest.fixture
+async def recorded(tmp_path: Path) -> Any:
+    recordings = FakeRecordings()
+    world = make_world(tmp_path, recordings, Record.ALL)
+    yield world, recordings
     await world.manager.close()
     world.store.close()
 
@@ -971,3 +1028,70 @@ async def test_a_configuration_that_is_none(world: World, spec: Any, monkeypatch
     with pytest.raises(Internal, match="cannot be read"):
         await world.manager.start_detached(session.id)
     assert not world.runtime.executions
+
+
+async def test_what_cannot_be_recorded_is_not_started(recorded: tuple[World, FakeRecordings]) -> None:
+    """Nothing has happened, and it can be started once that is possible."""
+    world, recordings = recorded
+    recordings.full = True
+    session = await world.create(console_size=SIZE, tty=True)
+    assert (session.record, session.record_or_end) == (Record.ALL, True)
+    with pytest.raises(Unavailable):
+        await world.manager.start_detached(session.id)
+    with pytest.raises(Unavailable):
+        await world.manager.start_attached(session.id, None, world.take_over)
+    assert world.said == []
+    assert world.state(session) is SessionState.CREATED
+    assert recordings.said == [f"begin all {SIZE}"] * 2
+    recordings.full = False
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    request = world.runtime.requests[0]
+    assert (request.stdin, request.stdout, request.stderr) == (False, True, True), "nobody asked for it, but it is read"
+    world.runtime.executions[0].end(7)
+    await world.wait_for("dispose")
+    assert recordings.said[2:] == [f"begin all {SIZE}", "finish 7 "]
+
+
+async def test_a_start_that_was_not_begun_leaves_no_recording(recorded: tuple[World, FakeRecordings]) -> None:
+    """One that was begun and failed is recorded as such."""
+    world, recordings = recorded
+    session = await world.create()
+    world.store.full = True
+    with pytest.raises(Unavailable):
+        await world.manager.start_detached(session.id)
+    assert recordings.said == ["begin all None", "discard"]
+    world.store.full = False
+
+    def fail(_request: ExecRequest) -> None:
+        raise Unavailable("no process")
+
+    world.runtime.before = fail
+    with pytest.raises(Unavailable):
+        await world.manager.start_detached(session.id)
+    assert recordings.said[2:] == ["begin all None", "finish 128 no process"]
+
+
+async def test_recordings_through_two_services(recorded: tuple[World, FakeRecordings]) -> None:
+    world, recordings = recorded
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await task
+    handed = await world.manager.hand_over()
+    assert recordings.said == ["begin all None", "close"]
+    for before in (handed, None):
+        said = FakeRecordings()
+        following = SessionManager(
+            containers=world.containers, runtime=world.runtime, store=world.store, events=world.events,
+            read_accounts=lambda _: (b"", b""), all_capabilities=(), limits=Limits(drain=0.0),
+            captures=world.manager._captures, recordings=said,
+        )  # fmt: skip
+        world.runtime.adopted = PROCESS
+        assert await following.recover(before) == 1
+        assert said.said == [f"resume {before is not None}"]
+        await following.close()
+        assert said.said[1:] == ["leave", "close"]

@@ -125,6 +125,7 @@ def session(one: ExecSession) -> Json:
         "FinishedAt": rfc3339(one.finished_at) if one.finished_at is not None else NEVER,
         "TimedOut": one.timed_out,
         "Timeout": config.timeout or 0,
+        "IdleTimeout": config.idle_timeout or 0,
         "Labels": dict(config.labels),
         "CaptureStdout": config.capture_stdout,
         "CaptureStderr": config.capture_stderr,

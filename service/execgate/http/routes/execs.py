@@ -140,6 +140,7 @@ def exec_config(body: CreateBody, dialect: Dialect, request: web.Request) -> Exe
         user=body.user,
         working_dir=body.working_dir,
         timeout=body.timeout or None,
+        idle_timeout=body.idle_timeout or None,
         labels=body.labels,
         capture_stdout=body.capture_stdout,
         capture_stderr=body.capture_stderr,
