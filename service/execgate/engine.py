@@ -168,6 +168,7 @@ async def open_engine(
     another program has the state directory, Unavailable when the host lacks something.
     """
     async with contextlib.AsyncExitStack() as cleanup:
+        powers = _capabilities()
         _take_state_dir(config.state_dir, cleanup)
         cgroups = SessionCgroups.open()
         cleanup.callback(cgroups.close)
@@ -187,7 +188,7 @@ async def open_engine(
             store=records,
             events=events,
             read_accounts=_read_accounts,
-            all_capabilities=capabilities.names(proc.own_capability_bounds()),
+            all_capabilities=powers,
             limits=limits_of(config),
             captures=captures,
         )
@@ -199,6 +200,21 @@ async def open_engine(
         sweeper = asyncio.create_task(_sweep(manager, min(_SWEEP_INTERVAL, config.retention_seconds)), name="sweeper")
         cleanup.push_async_callback(_end, sweeper)
         yield Engine(catalog, manager, events)
+
+
+def _capabilities() -> list[str]:
+    """Return what Privileged means here. Unavailable without CAP_SETPCAP: capabilities could not be taken away.
+
+    capabilities(7): it is what PR_CAPBSET_DROP asks for. runc 1.1 goes on without, and another user's set-id programs
+    then have every capability of the host.
+    """
+    names = capabilities.names(proc.own_capability_bounds())
+    if "CAP_SETPCAP" not in names:
+        raise Unavailable(
+            "without CAP_SETPCAP an exec would have more capabilities than its container",
+            hint="the service's bounding set lacks it: see CapabilityBoundingSet in systemd.exec(5)",
+        )
+    return names
 
 
 def catalog_of(config: Config) -> Catalog:
