@@ -5,6 +5,7 @@ crun, on a host whose cgroups it refuses; its tests are then skipped with the re
 """
 
 import asyncio
+import contextlib
 import itertools
 import signal
 import tempfile
@@ -23,6 +24,7 @@ from support.errors import HostError
 from support.leaks import SharedContainer, assert_no_leaks, assert_nothing_stays, footprint
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
 from support.service import Service
+from support.tls_service import TlsService, tls_service
 
 # How fast a machine draws examples, or runs one, is no property of the code: shared cores stall for seconds.
 hypothesis.settings.register_profile(
@@ -205,6 +207,30 @@ def new_service(host_dir: Path, hosts: list[RuntimeHost], event_loop_name: str) 
 
 
 _SERIAL = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def tls(host_dir: Path, hosts: list[RuntimeHost], event_loop_name: str) -> Iterator[TlsService]:
+    """A service with TLS that every test shares; at the end it must stop as promised, with a clean log."""
+
+    def start(directory: Path, **options: Any) -> Service:
+        return Service.start(directory, hosts, event_loop=event_loop_name, **options)
+
+    with tls_service(start, host_dir / "tls") as running:
+        yield running
+        running.service.stop()
+
+
+@pytest.fixture
+def new_tls(new_service: Callable[..., Service], host_dir: Path) -> Iterator[Callable[..., TlsService]]:
+    """Start services with TLS of the test's own: takes the settings of `tls_service`."""
+    with contextlib.ExitStack() as started:
+
+        def start(**settings: str) -> TlsService:
+            where = host_dir / f"tls-{next(_SERIAL)}"
+            return started.enter_context(tls_service(new_service, where, **settings))
+
+        yield start
 
 
 @pytest.fixture

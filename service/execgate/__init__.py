@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from execgate.client import Client, ContainerInfo, Output, RunAnswer, SessionEnd, SessionInfo, Stream
     from execgate.config import Config
     from execgate.engine import Engine, open_engine
+    from execgate.http.certificates import TlsFiles
     from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect
     from execgate.model.errors import (
         Conflict,
@@ -58,6 +59,7 @@ __all__ = [
     "SessionState",
     "StartFailed",
     "Stream",
+    "TlsFiles",
     "TooLarge",
     "Unavailable",
     "open_engine",
@@ -67,6 +69,7 @@ _MODULES = {
     "client": ("Client", "ContainerInfo", "Output", "RunAnswer", "SessionEnd", "SessionInfo", "Stream"),
     "config": ("Config",),
     "engine": ("Engine", "open_engine"),
+    "http.certificates": ("TlsFiles",),
     "model.config": ("ConsoleSize", "ExecConfig", "OnDisconnect"),
     "model.errors": (
         "Conflict",

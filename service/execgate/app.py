@@ -7,22 +7,29 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import urllib.parse
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
 from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
-from execgate.engine import Engine, look_around, open_engine
+from execgate.engine import Engine, host_equivalence_of, look_around, open_engine
+from execgate.gate.access import Gate
+from execgate.gate.audit import Audit, open_audit
+from execgate.gate.rules import Policy
+from execgate.gate.tokens import Tokens
 from execgate.http.hijack import OpenStreams
+from execgate.http.identity import Doorkeeper
 from execgate.http.listeners import (
     Address,
+    Listener,
     adopt_listener,
     adopt_unix_listener,
     open_listener,
-    parse_address,
     remove_socket_file,
     socket_identity,
 )
@@ -49,23 +56,36 @@ class Ending(Enum):
     LEAVE = "leave"
 
 
-async def serve(config: Config, link: KeeperLink) -> None:
-    """Run the service until the keeper says so. Raises the category of whatever keeps it from starting."""
+async def serve(config: Config, link: KeeperLink, policy: Policy, tls: ssl.SSLContext | None = None) -> None:
+    """Run the service until the keeper says so, by `policy`. Raises the category of what keeps it from starting.
+
+    `tls` is what TLS is spoken with; without it nobody is let in at addresses that want it.
+    """
     ending = _ending(link, config.state_dir)
     async with contextlib.AsyncExitStack() as cleanup:
         if adopted := orphan.adopt(config.state_dir, link):
             log.info("takes over from a service that had lost its keeper: %d descriptors", adopted)
         streams = OpenStreams()
         before = handover.take(link, streams) or handover.Handover()
+        # The service before this one, whoever it was, has ended: it writes no audit log any more.
+        audit = cleanup.enter_context(open_audit(config.audit(), version=__version__))
         engine = await cleanup.enter_async_context(
-            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event)
+            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event, witness=audit)
         )
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
-        trees = all_trees(catalog=engine.containers, manager=engine.sessions, events=engine.events, top=top)
-        server = HttpServer(build_application(trees, streams))
+        gate = Gate(
+            policy=policy,
+            journal=audit,
+            catalog=engine.containers,
+            sessions=engine.sessions,
+            events=engine.events,
+            host_equivalent=host_equivalence_of(config),
+        )
+        doorkeeper = Doorkeeper(gate, Tokens(config.tokens))
+        server = HttpServer(build_application(all_trees(top), streams, [doorkeeper.middleware]))
         cleanup.push_async_callback(server.close)
-        await server.start(listeners)
+        await server.start(listeners, tls)
         for connection in before.connections:
             await server.adopt(connection.fd, connection.read, connection.progress)
         # What is here now stays: collections need not go over every module again and again.
@@ -75,10 +95,10 @@ async def serve(config: Config, link: KeeperLink) -> None:
         write_status(config.state_dir)
         link.tell("ready", *(["standby"] if config.standby else []))
         threading.Thread(target=look_around, args=(engine.containers, config), name="look around", daemon=True).start()
-        log.info("execgate %s serves on %s", __version__, ", ".join(_names(listeners)))
+        log.info("execgate %s serves on %s", __version__, ", ".join(map(str, listeners)))
         how = await ending
         if how is Ending.LEAVE:
-            await _leave(engine, server, streams, link)
+            await _leave(engine, server, streams, link, audit)
         await server.stop_accepting()
         engine.events.close()
         if engine.sessions.live:
@@ -102,16 +122,18 @@ def _come_first() -> None:
         log.debug("the service has the usual priority: %s", error)
 
 
-async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink) -> None:
+async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink, audit: Audit) -> None:
     """End in favour of the next service, which gets everything as it stands: nothing is closed or undone."""
     log.info("hands over %d running processes", engine.sessions.live)
     engine.sessions.close_gate()
     await server.quiesce()
     sessions = await engine.sessions.hand_over()
     await server.settle()  # those that ended meanwhile
+    await server.deliver()
     connections = [handover.Connection(*found) for found in server.hand_over()]
     handover.give(link, streams, sessions, connections, engine.events)
     await link.flushed()
+    audit.close()
     logging.shutdown()
     os._exit(0)
 
@@ -150,13 +172,14 @@ def _ending(link: KeeperLink, state_dir: Path) -> "asyncio.Future[Ending]":
     return ending
 
 
-def _listeners(config: Config, link: KeeperLink, cleanup: contextlib.AsyncExitStack) -> list[socket.socket]:
-    """Return the sockets to serve on: those of systemd if it passed any, else those of the configuration.
+def _listeners(config: Config, link: KeeperLink, cleanup: contextlib.AsyncExitStack) -> list[Listener]:
+    """Return where to serve: on the sockets of systemd if it passed any, else on those of the configuration.
 
     Those that an earlier service had are taken over, with whoever waits in their queues.
     """
     if activated := link.take_all(ACTIVATED):
-        return [adopt_listener(fd) for _, fd in sorted(activated.items())]
+        found = [adopt_listener(fd) for _, fd in sorted(activated.items())]
+        return [Listener(one, tls=one.family != socket.AF_UNIX and config.tls is not None) for one in found]
     listeners = []
     for address in config.addresses:
         listener = _inherited(address, config, link) or open_listener(
@@ -166,12 +189,13 @@ def _listeners(config: Config, link: KeeperLink, cleanup: contextlib.AsyncExitSt
         cleanup.callback(listener.close)
         if address.path is not None:
             cleanup.callback(remove_socket_file, address.path, socket_identity(address.path))
-        listeners.append(listener)
+        listeners.append(Listener(listener, tls=address.tls))
     for name, fd in link.take_all(_LISTENER).items():  # addresses that are not configured any more
         with adopt_listener(fd):
             link.drop([name])
-        if (path := parse_address(urllib.parse.unquote(name.removeprefix(_LISTENER))).path) is not None:
-            remove_socket_file(path, socket_identity(path))
+        scheme, _, path = urllib.parse.unquote(name.removeprefix(_LISTENER)).partition("://")
+        if scheme == "unix":
+            remove_socket_file(Path(path), socket_identity(Path(path)))
     return listeners
 
 
@@ -185,9 +209,5 @@ def _inherited(address: Address, config: Config, link: KeeperLink) -> socket.soc
 
 
 def _listener_name(address: Address) -> str:
-    return _LISTENER + urllib.parse.quote(str(address), safe="/")
-
-
-def _names(listeners: list[socket.socket]) -> list[str]:
-    names = (listener.getsockname() for listener in listeners)
-    return [f"unix://{name}" if isinstance(name, str) else f"tcp://{name[0]}:{name[1]}" for name in names]
+    """Return the name under which the keeper has a socket: the same with TLS as without, for a reload to change."""
+    return _LISTENER + urllib.parse.quote(str(replace(address, tls=False)), safe="/")

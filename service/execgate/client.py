@@ -9,6 +9,8 @@
                 ...
         end = await client.wait(session_id)
 
+A service on another host is asked over TLS: `Client("tls://host:2376", tls=TlsFiles(ca=…, certificate=…, key=…))`.
+
 It speaks the libpod tree of the API, in which the session alone decides how its output is framed and a second start
 is refused with a status; in Docker's the client decides, and is told of a second start in the stream.
 
@@ -26,6 +28,7 @@ import base64
 import contextlib
 import json
 import re
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 from yarl import URL
 
+from execgate.http.certificates import TlsFiles, client_context, reason
+from execgate.http.dial import Secured, dial
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect
 from execgate.model.errors import (
     Conflict,
@@ -72,6 +77,7 @@ _MULTIPLEXED = "multiplexed"
 _CONNECT_TIMEOUT = 10.0
 _READ_SIZE = 256 * 1024
 _MAX_ERROR = 1024 * 1024
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750
 _CATEGORIES: Mapping[int, type[ExecgateError]] = {
     404: NotFound,
     409: Conflict,
@@ -318,11 +324,15 @@ class Stream(Output):
         *,
         multiplexed: bool,
         offset: int,
+        secured: Secured | None = None,
     ) -> None:
+        """`secured` is what carries reader and writer over TLS."""
         super().__init__(self._read, self._shut, multiplexed=multiplexed, offset=offset)
         self._reader = reader
         self._writer = writer
         self._resize = resize
+        self._secured = secured
+        self._ended = False  # one of the two sides has said so
 
     async def write(self, data: bytes) -> None:
         """Send input, waiting for room. What the process will not read any more is dropped."""
@@ -335,6 +345,7 @@ class Stream(Output):
     async def write_eof(self) -> None:
         """End the input. A terminal has no such end: there it is a key, Ctrl-D."""
         if not self._closed:
+            self._ended = True
             with contextlib.suppress(OSError, RuntimeError):
                 self._writer.write_eof()
 
@@ -344,29 +355,44 @@ class Stream(Output):
 
     async def _read(self) -> bytes:
         try:
-            return await self._reader.read(_READ_SIZE)
+            data = await self._reader.read(_READ_SIZE)
+            if not data and self._secured is not None and self._secured.failure is not None:
+                raise self._secured.failure
         except OSError as error:
             await self.close()
-            raise Unavailable(f"the connection to the service broke: {error.strerror or error}") from error
+            raise Unavailable(f"the connection to the service broke: {_reason(error)}") from error
+        self._ended = self._ended or not data
+        return data
 
     async def _shut(self) -> None:
-        await _close(self._writer)
+        await _close(self._writer, self._secured, hang_up=not self._ended)
 
 
 class Client:
-    """The exec API of one service. Use it as `async with Client(host) as client`; `unix:///PATH` or `tcp://HOST:PORT`."""
+    """The exec API of one service. Use it as `async with Client(host) as client`.
 
-    def __init__(self, host: str = DEFAULT_HOST) -> None:
-        """InvalidArgument for a host that is no address."""
+    `host` is `unix:///PATH`, `tls://HOST:PORT` or `tcp://HOST:PORT`. `tls` is for the second: without it, the service
+    has to be known to this host's authorities, and the client is nobody by certificate. `token` is a bearer token.
+    """
+
+    def __init__(self, host: str = DEFAULT_HOST, *, tls: TlsFiles | None = None, token: str = "") -> None:
+        """InvalidArgument for a host that is no address, files that cannot be used, a token that is none."""
         self.host = host
         parts = urlsplit(host)
         self._path = parts.path if parts.scheme == "unix" and not parts.netloc else ""
         try:
-            self._address = (parts.hostname or "", parts.port or 0) if parts.scheme == "tcp" else ("", 0)
+            network = parts.scheme in ("tcp", "tls")
+            self._address = (parts.hostname or "", parts.port or 0) if network else ("", 0)
         except ValueError as error:
             raise InvalidArgument(f"{host}: {error}") from error
         if not self._path and not all(self._address):
-            raise InvalidArgument(f"{host!r}: expected unix:///PATH or tcp://HOST:PORT")
+            raise InvalidArgument(f"{host!r}: expected unix:///PATH, tls://HOST:PORT or tcp://HOST:PORT")
+        if token and not _TOKEN.fullmatch(token):
+            raise InvalidArgument("the token is none: it has letters, digits and -._~+/, and = at its end")
+        if token and parts.scheme == "tcp":
+            raise InvalidArgument("a token is not sent without TLS", hint="tls://HOST:PORT")
+        self._context: ssl.SSLContext | None = client_context(tls or TlsFiles()) if parts.scheme == "tls" else None
+        self._token = token
         self._authority = parts.netloc or "execgate"
         self._session: aiohttp.ClientSession | None = None
 
@@ -379,9 +405,9 @@ class Client:
         if self._path:
             connector = aiohttp.UnixConnector(self._path, force_close=True, limit=0)
         else:
-            connector = aiohttp.TCPConnector(force_close=True, limit=0)
+            connector = aiohttp.TCPConnector(force_close=True, limit=0, ssl=self._context or True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._credentials)
         return self
 
     async def __aexit__(
@@ -566,7 +592,8 @@ class Client:
         """Return a successful answer, its body unread; else raise its category."""
         if self._session is None:
             raise RuntimeError("a Client is used within its `async with`")
-        url = URL(f"http://{self._authority}{_TREE}{path}", encoded=True).with_query(query)
+        scheme = "http" if self._context is None else "https"
+        url = URL(f"{scheme}://{self._authority}{_TREE}{path}", encoded=True).with_query(query)
         with _translated(self.host):
             response = await self._session.request(method, url, data=data)
             if response.status < 400:
@@ -579,13 +606,18 @@ class Client:
         """Send a request whose connection becomes a stream, and return that."""
         url = URL(_TREE + _exec(session_id, verb), encoded=True).with_query(query)
         content = json.dumps(body).encode()
-        head = (
-            f"POST {url} HTTP/1.1\r\nHost: {self._authority}\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        )
-        reader, writer = await self._connect()
+        fields = {
+            "Host": self._authority,
+            "Connection": "Upgrade",
+            "Upgrade": "tcp",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+        } | self._credentials
+        lines = [f"POST {url} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items()), "", ""]
+        head = "\r\n".join(lines)
+        reader, writer, secured = await self._connect()
         try:
-            with _translated(self.host):
+            with _translated(self.host, secured):
                 writer.write(head.encode("ascii") + content)
                 status, headers = _parse_head(await reader.readuntil(b"\r\n\r\n"))
                 if status >= 300:
@@ -597,17 +629,25 @@ class Client:
                 lambda size: self.resize(session_id, size.height, size.width),
                 multiplexed=_MULTIPLEXED in headers.get("content-type", ""),
                 offset=int(headers.get(_OFFSET_HEADER.lower(), "0")),
+                secured=secured,
             )
         except BaseException:
-            await _close(writer)
+            await _close(writer, secured, hang_up=True)
             raise
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Secured | None]:
         with _translated(self.host):
             async with asyncio.timeout(_CONNECT_TIMEOUT):
+                if self._context is not None:
+                    secured = await dial(*self._address, self._context)
+                    return secured.reader, secured.writer, secured
                 if self._path:
-                    return await asyncio.open_unix_connection(self._path, limit=_READ_SIZE)
-                return await asyncio.open_connection(*self._address, limit=_READ_SIZE)
+                    return *await asyncio.open_unix_connection(self._path, limit=_READ_SIZE), None
+                return *await asyncio.open_connection(*self._address, limit=_READ_SIZE), None
+
+    @property
+    def _credentials(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     async def _start_failure(self, session_id: str) -> StartFailed | None:
         """Return why a start failed, if it was a start that failed and not the request."""
@@ -732,13 +772,18 @@ def _parse_head(head: bytes) -> tuple[int, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _translated(host: str) -> Iterator[None]:
-    """Turn what the network raises into Unavailable, and what is no HTTP into Internal."""
+def _translated(host: str, secured: Secured | None = None) -> Iterator[None]:
+    """Turn what the network raises into Unavailable, and what is no HTTP into Internal.
+
+    Of a stream over TLS, `secured` knows why it has ended.
+    """
     try:
         yield
     except (aiohttp.ClientConnectorError, aiohttp.ServerTimeoutError) as error:
         raise _Unreachable(_unreached(host, getattr(error, "os_error", None) or error)) from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.IncompleteReadError) as error:
+        if secured is not None and secured.failure is not None:
+            raise _Unreachable(_unreached(host, secured.failure)) from error
         raise _Lost(_unreached(host, getattr(error, "os_error", None) or error)) from error
     except OSError as error:  # TimeoutError is one
         raise _Unreachable(_unreached(host, error)) from error
@@ -752,6 +797,8 @@ def _unreached(host: str, error: BaseException) -> str:
 
 def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLError):
+        text = reason(error)
     return "no answer in time" if isinstance(error, TimeoutError) else text
 
 
@@ -771,7 +818,11 @@ def _flag(value: bool) -> str:
     return "1" if value else "0"
 
 
-async def _close(writer: asyncio.StreamWriter) -> None:
+async def _close(writer: asyncio.StreamWriter, secured: Secured | None = None, *, hang_up: bool = False) -> None:
+    """Close a connection; `hang_up` is said where it can be told from an end."""
+    if secured is not None:
+        await secured.close(hang_up=hang_up)
+        return
     writer.close()
     with contextlib.suppress(OSError):
         await writer.wait_closed()

@@ -6,18 +6,21 @@ reported once and in the same words, wherever it was made.
 
 import os
 import shutil
+import ssl
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from execgate.containers.catalog import LabelFilter
 from execgate.containers.engines.oci import default_roots
 from execgate.containers.engines.places import Places, find_places
 from execgate.containers.states import RuntimeRoot
+from execgate.gate.audit_log import AuditSettings
+from execgate.http.certificates import TlsSettings
 from execgate.http.listeners import Address, parse_address
 from execgate.model.container import EngineName
 from execgate.model.errors import InvalidArgument
@@ -40,12 +43,21 @@ def default_listen() -> str:
     return f"unix://{runtime_dir()}/execgate.sock"
 
 
+def config_dir() -> Path:
+    """Return where the files of an administrator are: /etc/execgate, for a user below $XDG_CONFIG_HOME."""
+    if user_id() == 0:
+        return Path("/etc/execgate")
+    return Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "execgate"
+
+
 def default_file() -> Path:
     """Return the configuration that is read, if it is there, when nobody names another."""
-    if user_id() == 0:
-        return Path("/etc/execgate/execgate.toml")
-    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "execgate/execgate.toml"
+    return config_dir() / "execgate.toml"
+
+
+def default_policy_file() -> Path:
+    """Return the policy that is read, if it is there, when nobody names another."""
+    return config_dir() / "policy.toml"
 
 
 def _split(value: object) -> object:
@@ -69,6 +81,7 @@ def _absolute(value: object) -> object:
 
 
 _Path = Annotated[Path, BeforeValidator(_absolute)]
+_PathOrNone = Annotated[Path | None, BeforeValidator(lambda value: _absolute(value) or None)]
 _List = Annotated[list[str], BeforeValidator(_split)]
 _Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 
@@ -86,6 +99,7 @@ class Config(BaseModel):
     engines: Annotated[list[EngineName], BeforeValidator(_split)] = list(EngineName)
     container_labels: _List = []
     rootless: Literal["auto", "off"] = "auto"
+    tokens: _Path = Field(default_factory=lambda: config_dir() / "tokens")
     docker_data_root: _Path | None = None
     docker_exec_root: _Path | None = None
     containerd_root: _Path | None = None
@@ -100,6 +114,11 @@ class Config(BaseModel):
     standby: bool = True
     socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "0660"
     socket_group: str = ""
+    tls_certificate: _Path | None = None
+    tls_key: _Path | None = None
+    tls_client_ca: _Path | None = None
+    tls_client_certificates: Literal["required", "optional"] = "required"
+    tls_minimum: Literal["1.2", "1.3"] = "1.3"
     max_sessions: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
     retention_seconds: _Seconds = 600.0
     created_lifetime_seconds: _Seconds = 3600.0
@@ -112,6 +131,15 @@ class Config(BaseModel):
     parallel_starts: Annotated[int, Field(ge=1, le=10_000)] = 64
     queued_starts: Annotated[int, Field(ge=0, le=1_000_000)] = 2_000
     capture_bytes: Annotated[int, Field(ge=64 * 1024, le=16 * 2**30)] = 16 * 2**20
+    policy: _Path | None = None
+    allow_privileged: bool = False
+    allow_host_equivalent: bool = False
+    audit_file: _PathOrNone = None
+    audit_stdout: bool = False
+    audit_max_bytes: Annotated[int, Field(ge=0, le=2**50)] = 100 * 2**20
+    audit_keep: Annotated[int, Field(ge=1, le=1000)] = 10
+    audit_strict: bool = False
+    audit_sync: bool = False
 
     @field_validator("listen")
     @classmethod
@@ -126,6 +154,27 @@ class Config(BaseModel):
         if len(os.fsencode(value)) > longest_state_dir():
             raise ValueError(f"longer than {longest_state_dir()} bytes: a socket in it would exceed the kernel's limit")
         return value
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key need each other")
+        if self.tls_certificate is None and any(address.tls for address in self.addresses):
+            raise ValueError("listen: tls:// needs tls_certificate and tls_key")
+        return self
+
+    @property
+    def tls(self) -> TlsSettings | None:
+        """What TLS is spoken with; None: it is not configured."""
+        if self.tls_certificate is None or self.tls_key is None:
+            return None
+        return TlsSettings(
+            certificate=self.tls_certificate,
+            key=self.tls_key,
+            client_ca=self.tls_client_ca,
+            client_required=self.tls_client_certificates == "required",
+            minimum=ssl.TLSVersion.TLSv1_3 if self.tls_minimum == "1.3" else ssl.TLSVersion.TLSv1_2,
+        )
 
     @property
     def addresses(self) -> list[Address]:
@@ -155,6 +204,23 @@ class Config(BaseModel):
         pairs = (text.partition("=") for text in self.container_labels)
         return [(name, value if equals else None) for name, equals, value in pairs]
 
+    def policy_path(self) -> Path | None:
+        """Return the policy's file: the configured one, else the default one if it is there; None without a policy."""
+        # A link that leads nowhere is a policy, too: one that cannot be read.
+        return self.policy or (default_policy_file() if os.path.lexists(default_policy_file()) else None)
+
+    def audit(self) -> AuditSettings:
+        """Return what is said of the audit log."""
+        return AuditSettings(
+            anchor=self.state_dir / "audit",
+            path=self.audit_file,
+            stdout=self.audit_stdout,
+            max_bytes=self.audit_max_bytes,
+            keep=self.audit_keep,
+            strict=self.audit_strict,
+            sync=self.audit_sync,
+        )
+
     def conmon_path(self) -> Path | None:
         """Return conmon: the configured one, else the one on the PATH or where distributions put it."""
         found = shutil.which("conmon") or shutil.which("conmon", path="/usr/libexec/podman:/usr/lib/podman")
@@ -183,9 +249,20 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Config:
         merged |= values
         origin |= dict.fromkeys(values, source)
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         raise InvalidArgument("\n".join(_explain(problem, origin) for problem in error.errors())) from error
+    _check_policy(config, origin)
+    return config
+
+
+def _check_policy(config: Config, origin: Mapping[str, str]) -> None:
+    """With a policy its rules say all that is allowed, and nothing beside them does."""
+    path = config.policy_path()
+    for name in ("allow_privileged", "allow_host_equivalent"):
+        if path is not None and getattr(config, name):
+            rule = name.removeprefix("allow_")
+            raise InvalidArgument(f"{origin[name]}: {name}: there is a policy, {path}: write {rule} = true in a rule")
 
 
 def _read_file(path: Path | None) -> dict[str, Any]:

@@ -18,10 +18,15 @@ from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
+from execgate import __version__
 from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
+from execgate.gate.audit import open_audit
+from execgate.gate.equivalence import HostEquivalence
+from execgate.gate.policy import default_policy
+from execgate.gate.rules import Policy
 from execgate.model.config import ConsoleSize
 from execgate.model.errors import Conflict, StartFailed, Unavailable
 from execgate.model.events import Event
@@ -35,6 +40,7 @@ from execgate.runtime.rootfs import read_in_container
 from execgate.runtime.tree import SessionCgroups
 from execgate.runtime.versions import BACKPORTS, runtime_version
 from execgate.sessions.events import EventBus
+from execgate.sessions.ledger import Witness
 from execgate.sessions.live import BOTH
 from execgate.sessions.local import LocalStream
 from execgate.sessions.manager import HandedSession, Limits, SessionManager
@@ -46,6 +52,7 @@ log = logging.getLogger(__name__)
 
 DATABASE = "sessions.db"
 _SWEEP_INTERVAL = 15.0
+_SETPCAP = "CAP_SETPCAP"
 
 
 class Engine:
@@ -157,19 +164,23 @@ async def open_engine(
     *,
     told: Sequence[Event] = (),
     next_event: int = 0,
+    witness: Witness | None = None,
 ) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
     Who has one is a service that others wait for: it is open before it has looked around.
     `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered,
-    `next_event` the number of the one that would have come next.
+    `next_event` the number of the one that would have come next. `witness` is told of every step of a session; without
+    one it is the audit log of the configuration.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
     async with contextlib.AsyncExitStack() as cleanup:
-        powers = _capabilities()
+        _check_powers()
         _take_state_dir(config.state_dir, cleanup)
+        if witness is None:
+            witness = cleanup.enter_context(open_audit(config.audit(), version=__version__))
         cgroups = SessionCgroups.open()
         cleanup.callback(cgroups.close)
         runtime = _runtime(config, cgroups, store or NoFdStore())
@@ -188,9 +199,10 @@ async def open_engine(
             store=records,
             events=events,
             read_accounts=_read_accounts,
-            all_capabilities=powers,
+            all_capabilities=capabilities.names(proc.own_capability_bounds()),
             limits=limits_of(config),
             captures=captures,
+            witness=witness,
         )
         cleanup.push_async_callback(manager.close)
         past = told or manager.ends()
@@ -202,21 +214,6 @@ async def open_engine(
         yield Engine(catalog, manager, events)
 
 
-def _capabilities() -> list[str]:
-    """Return what Privileged means here. Unavailable without CAP_SETPCAP: capabilities could not be taken away.
-
-    capabilities(7): it is what PR_CAPBSET_DROP asks for. runc 1.1 goes on without, and another user's set-id programs
-    then have every capability of the host.
-    """
-    names = capabilities.names(proc.own_capability_bounds())
-    if "CAP_SETPCAP" not in names:
-        raise Unavailable(
-            "without CAP_SETPCAP an exec would have more capabilities than its container",
-            hint="the service's bounding set lacks it: see CapabilityBoundingSet in systemd.exec(5)",
-        )
-    return names
-
-
 def catalog_of(config: Config) -> Catalog:
     """Return the catalog of the configured engines."""
     return host_catalog(
@@ -225,6 +222,19 @@ def catalog_of(config: Config) -> Catalog:
         config.runtime_paths(),
         engines=config.engines,
         labels=config.label_filters(),
+    )
+
+
+def host_equivalence_of(config: Config) -> HostEquivalence:
+    """Return what tells whether root in a container is root on this host; who reaches this service may be, too."""
+    sockets = [str(address.path) for address in config.addresses if address.path is not None]
+    return HostEquivalence(sockets=sockets, directories=[str(config.state_dir)])
+
+
+def default_policy_of(config: Config, owner_uid: int) -> Policy:
+    """Return the policy of a service that has no file of it."""
+    return default_policy(
+        owner_uid, allow_privileged=config.allow_privileged, allow_host_equivalent=config.allow_host_equivalent
     )
 
 
@@ -275,6 +285,15 @@ def _runtime(config: Config, cgroups: SessionCgroups, store: FdStore) -> ConmonR
 
 def _read_accounts(pid: int) -> tuple[bytes, bytes]:
     return read_in_container(pid, "/etc/passwd"), read_in_container(pid, "/etc/group")
+
+
+def _check_powers() -> None:
+    """Unavailable for a root that cannot take capabilities away: runtimes of some ages hand them all on then."""
+    if os.geteuid() == 0 and _SETPCAP not in capabilities.names(proc.own_capabilities()):
+        raise Unavailable(
+            f"{_SETPCAP} is missing: without it a runtime cannot drop the capabilities that a container must not have",
+            hint="give it back to the service: CapabilityBoundingSet= of its unit, --cap-add of its container",
+        )
 
 
 def _take_state_dir(path: Path, cleanup: contextlib.AsyncExitStack) -> None:

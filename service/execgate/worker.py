@@ -24,7 +24,9 @@ _MAX_WAITING = 100_000
 class KeeperLink:
     """The connection of a worker to its keeper."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, restarted: bool = False) -> None:
+        """`restarted`: we take the place of a worker that dies, and there is nobody to go on if we do not start."""
+        self.restarted = restarted
         self._connection: socket.socket | None = connection
         self._inherited: dict[str, int] = {}
         self._kept: dict[str, int] = {}  # by name, the numbers that their owners have open
@@ -36,10 +38,11 @@ class KeeperLink:
     def from_environment(cls, environ: MutableMapping[str, str]) -> "KeeperLink | None":
         """Return the link that a keeper has left in the environment, and take it out of that."""
         number = environ.pop(protocol.ENVIRONMENT, "")
+        restarted = bool(environ.pop(protocol.RESTARTED, ""))
         if not (number.isascii() and number.isdigit()):
             return None
         os.set_inheritable(int(number), False)
-        return cls(socket.socket(fileno=int(number)))
+        return cls(socket.socket(fileno=int(number)), restarted=restarted)
 
     def wait_for_turn(self) -> bool:
         """Say that we are ready to take over, and wait until it is our turn; False when the keeper is gone. Blocks."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from support.access import allow
 from support.api import RawApi
 from support.runtimes import TestContainer
 from support.service import Service
@@ -47,5 +48,6 @@ def tcp_api(new_service: Callable[..., Service], host_dir: Path) -> RawApi:
         port: int = probe.getsockname()[1]
     directory = host_dir / "tcp"
     listen = [f"--listen=unix://{directory}/execgate.sock", f"--listen=tcp://127.0.0.1:{port}"]
+    headers = allow(directory, "tcp", ["token:tcp"])
     new_service(directory, flags=listen)
-    return RawApi(("127.0.0.1", port))
+    return RawApi(("127.0.0.1", port), headers=headers)

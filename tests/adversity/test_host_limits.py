@@ -6,6 +6,7 @@ the service works as if nothing had been.
 """
 
 import contextlib
+import itertools
 import os
 import resource
 import time
@@ -85,13 +86,17 @@ def test_no_more_descriptors(watched_service: NewService, runc_container: TestCo
     service = watched_service()
     api = RawApi(service.socket)
     assert _runs(api, runc_container)
+    _await_steady(service)
     before = footprint(service)
     _, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
     with api.connect() as connection:  # one that is there already: none other is accepted from now on
         assert connection.request("GET", "/_ping").status == 200
         sessions = [api.create(runc_container.id, "true") for _ in range(2)]
         _await_no_monitors(service, sessions)
-        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (len(before.descriptors) + 3, hard))
+        used = _await_steady(service)
+        unused = itertools.filterfalse(used.__contains__, itertools.count())
+        limit = next(itertools.islice(unused, 2, None))  # two are left: a start has pipes to make
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (limit, hard))
         try:
             answer = connection.request("POST", f"/exec/{sessions[0]}/start", {"Detach": True})
             assert answer.status == 503, answer
@@ -116,6 +121,25 @@ def _await_no_monitors(service: Service, sessions: Sequence[str]) -> None:
     while any((service.state_dir / "sessions" / session[:32]).exists() for session in sessions):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def _await_steady(service: Service) -> frozenset[int]:
+    """Wait until what an exec had open is closed, and return the descriptors that are open.
+
+    This polls: there is no event for a descriptor that another process closes.
+    """
+    deadline = time.monotonic() + 20
+    seen, since = _open_in(service), time.monotonic()
+    while time.monotonic() < since + 0.5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        if (now := _open_in(service)) != seen:
+            seen, since = now, time.monotonic()
+    return seen
+
+
+def _open_in(service: Service) -> frozenset[int]:
+    return frozenset(map(int, os.listdir(f"/proc/{service.pid}/fd")))
 
 
 def _processor_time(pid: int) -> float:

@@ -144,6 +144,14 @@ def test_one_state_directory_one_service(new_service: NewService, host_dir: Path
     assert "Traceback" not in str(failure.value)
 
 
+def test_no_service_without_the_power_to_take_powers_away(new_service: NewService) -> None:
+    """A runtime that cannot drop capabilities fails with a strange error today, and handed all of them on in 2022."""
+    without = ("setpriv", "--inh-caps=-setpcap", "--bounding-set=-setpcap")
+    with pytest.raises(HostError, match="CAP_SETPCAP is missing") as failure:
+        new_service(wrapper=without)
+    assert "CapabilityBoundingSet" in str(failure.value)
+
+
 def test_the_socket_is_private(new_service: NewService) -> None:
     service = new_service(flags=["--socket-mode=0600"])
     assert service.socket.stat().st_mode & 0o777 == 0o600

@@ -51,7 +51,9 @@ def measure(arena: Arena, engines: Sequence[EngineProgram], options: argparse.Na
     if "memory" in measures:
         results.memory = turns.memory(arena.served, options.sessions)
     if "latency" in measures:
-        results.latency, results.latency_cpu = turns.latency(arena.contestants, options.latency_rounds)
+        results.latency, results.latency_cpu = turns.latency(
+            [*arena.contestants, *arena.guarded], options.latency_rounds
+        )
     if "rate" in measures:
         results.rate = {
             parallel: turns.rate(arena.contestants, options.rounds, parallel=parallel, seconds=options.seconds)

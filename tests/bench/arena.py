@@ -2,7 +2,7 @@
 
 import contextlib
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from bench.client import ApiError
 from bench.contestants import (
     CONMON_ALONE,
     EXECGATE,
+    GUARDED,
     RUNTIME_ALONE,
     ConmonAlone,
     Contestant,
@@ -20,14 +21,17 @@ from bench.contestants import (
 from bench.engines import ENGINES, EngineProgram
 from bench.places import Place, temporary_place
 from bench.relay import SPLICE_ALONE, SpliceAlone
+from support.access import rule, write_policy
 from support.errors import HostError
 from support.programs import find_program
 from support.runtimes import RuntimeHost, TestContainer, crun_host, runc_host
 from support.service import Service
 
-NAMES = (RUNTIME_ALONE, CONMON_ALONE, SPLICE_ALONE, EXECGATE, *ENGINES)
+NAMES = (RUNTIME_ALONE, CONMON_ALONE, SPLICE_ALONE, EXECGATE, GUARDED, *ENGINES)
 """Each of an engine's name stands for all that there are of it."""
 RUNTIMES: dict[str, Callable[[Path], RuntimeHost]] = {"runc": runc_host, "crun": crun_host}
+
+RULES = 100
 
 _FAILURES = (HostError, ApiError, OSError, subprocess.SubprocessError)
 
@@ -38,6 +42,8 @@ class Arena:
 
     contestants: list[Contestant] = field(default_factory=list)
     relays: list[SpliceAlone] = field(default_factory=list)
+    guarded: list[Contestant] = field(default_factory=list)
+    """execgate, with a policy and an audit log."""
     absent: dict[str, str] = field(default_factory=dict)
     """Label to reason."""
 
@@ -86,6 +92,7 @@ def _open_runtime(
         RUNTIME_ALONE: lambda: RuntimeAlone(container),
         CONMON_ALONE: lambda: ConmonAlone(container, find_program("conmon"), home.make(f"conmon-{runtime}")),
         EXECGATE: lambda: _start_execgate(stack, home.make(f"eg-{runtime}"), container),
+        GUARDED: lambda: _start_guarded(stack, home.make(f"gd-{runtime}"), container),
     }
     starts = {name: start for name, start in starts.items() if name in names}
     for number, engine in enumerate(engines):
@@ -101,16 +108,33 @@ def _open_runtime(
         except _FAILURES as error:
             arena.absent[f"{name} ({runtime})"] = str(error)
         else:
-            arena.contestants.append(contestant)
+            (arena.guarded if name == GUARDED else arena.contestants).append(contestant)
 
 
-def _start_execgate(stack: contextlib.ExitStack, place: Place, container: TestContainer) -> Served:
+def _start_execgate(
+    stack: contextlib.ExitStack,
+    place: Place,
+    container: TestContainer,
+    name: str = EXECGATE,
+    env: Mapping[str, str] | None = None,
+) -> Served:
     # Its own defaults, but for the number of sessions that it remembers: a long benchmark passes 10,000.
-    service = Service.start(place.memory, [container.host], env={"EXECGATE_MAX_SESSIONS": "1000000"})
+    service = Service.start(place.memory, [container.host], env={"EXECGATE_MAX_SESSIONS": "1000000", **(env or {})})
     stack.callback(service.stop)
-    served = Served(EXECGATE, container.host.name, place, service.socket, container.id)
+    served = Served(name, container.host.name, place, service.socket, container.id)
     served.prove()
     return served
+
+
+def _start_guarded(stack: contextlib.ExitStack, place: Place, container: TestContainer) -> Served:
+    """Start execgate with `RULES` rules, the last of which is the one that allows, and with an audit log on a disk."""
+    others = [
+        rule(f"team-{number}", ["uid:0"], containers=["*"], users=["1000-1999"], argv=[["ls", "**"]])
+        for number in range(RULES - 1)
+    ]
+    write_policy(place.memory, *others, rule("bench", ["uid:0"], max_time="1h", argv=[["sh", "**"], ["true"]]))
+    audit = {"EXECGATE_AUDIT_FILE": str(place.disk / "audit.log"), "EXECGATE_AUDIT_STRICT": "true"}
+    return _start_execgate(stack, place, container, GUARDED, audit)
 
 
 def _start_engine(

@@ -20,6 +20,7 @@ COMMAND = ("true",)
 """What is executed where only the way to it is measured."""
 
 EXECGATE = "execgate"
+GUARDED = "execgate, 100 rules and audit"
 RUNTIME_ALONE = "runtime alone"
 CONMON_ALONE = "conmon alone"
 DOCKERD = "dockerd"

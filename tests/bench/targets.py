@@ -6,13 +6,14 @@ Each target is a ratio or a difference within one run, so that it can be held ag
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.contestants import DOCKERD, EXECGATE, PODMAN, RUNTIME_ALONE
+from bench.contestants import DOCKERD, EXECGATE, GUARDED, PODMAN, RUNTIME_ALONE
 from bench.interactive import Felt
 from bench.measures import Flow, IdleMemory
 from bench.relay import SPLICE_ALONE
 from bench.stats import Samples, median, paired_difference, paired_ratio, percentile
 
 OWN_COST = 0.005
+GATE_COST = 0.0003
 FASTER_THAN_DOCKERD = {"runc": 1.7, "crun": 4.0}
 """How many times as fast as dockerd, which always uses runc, one exec is."""
 
@@ -63,6 +64,10 @@ def latency(samples: Mapping[str, Samples]) -> Iterator[Verdict]:
         if cost is not None:
             target = f"{label}: an exec costs at most {OWN_COST * 1000:g} ms more than the runtime alone"
             yield Verdict(target, f"{cost * 1000:.1f} ms", cost <= OWN_COST)
+        gate = paired_difference(samples.get(of(label, GUARDED), ()), samples[label])
+        if gate is not None:
+            target = f"{label}: policy and audit cost an exec less than {GATE_COST * 1000:g} ms"
+            yield Verdict(target, f"{gate * 1000:.2f} ms", gate < GATE_COST)
         factor = paired_ratio(samples.get(of(label, DOCKERD, "runc"), ()), samples[label])
         yield from _at_least(f"{label}: as fast as dockerd on runc", factor, FASTER_THAN_DOCKERD.get(runtime))
 

@@ -34,6 +34,7 @@ from soak.errand import LOST, Cut, Errand, Field
 from soak.unrest import Disturber, Unrest, pause, stop_monitors
 from soak.watch import MIB, Inventory, Watch, resident
 from soak.work import KINDS, Kind, recreated
+from support.access import allow
 from support.api import RawApi
 from support.clients import DockerCli
 from support.errors import HostError
@@ -271,6 +272,8 @@ def run(seconds: float, seed: int, kinds: Sequence[Kind]) -> int:
             cleanup.callback(hosts[-1].close)
         port = free_port()
         state = directory / "service"
+        # What one creates, over the socket or over TCP, the other one ends.
+        authorization = allow(state, "soak", ["uid:0", "token:soak"])
         flags = [f"--listen=unix://{state}/execgate.sock", f"--listen=tcp://127.0.0.1:{port}"]
 
         def start() -> Service:
@@ -279,7 +282,13 @@ def run(seconds: float, seed: int, kinds: Sequence[Kind]) -> int:
         service = start()
         unrest = Unrest()
         where = Field(
-            service.socket, port, hosts, [host.run() for host in hosts], DockerCli.for_service(service), unrest
+            service.socket,
+            port,
+            hosts,
+            [host.run() for host in hosts],
+            DockerCli.for_service(service),
+            authorization,
+            unrest,
         )
         soak = Soak(service, where, seed, start)
 

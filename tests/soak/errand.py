@@ -9,7 +9,7 @@ import random
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
@@ -46,6 +46,8 @@ class Field:
     hosts: Sequence[RuntimeHost]
     containers: Sequence[TestContainer]
     docker: DockerCli
+    authorization: Mapping[str, str]
+    """What a request over TCP has to bring along."""
     unrest: Unrest
     done: Counter[str] = field(default_factory=Counter)
     made: set[str] = field(default_factory=set)
@@ -62,7 +64,8 @@ class Errand:
         self.dice = dice
         self.container = dice.choice(where.containers)
         self.api = RawApi(where.socket)
-        self.wire = RawApi(where.socket if dice.random() < 0.5 else ("127.0.0.1", where.port))
+        over_tcp = RawApi(("127.0.0.1", where.port), headers=where.authorization)
+        self.wire = self.api if dice.random() < 0.5 else over_tcp
         """The same service over the unix socket or over TCP."""
         self.begun = self.unrest.now()
         self.sessions: list[str] = []
@@ -202,7 +205,8 @@ class Errand:
         """Attach to a session without a terminal, again."""
         connection = self.wire.connect()
         try:
-            connection.send(request_bytes("POST", f"/exec/{session}/attach{query}", None, UPGRADE))
+            headers = {**UPGRADE, **self.wire.headers}
+            connection.send(request_bytes("POST", f"/exec/{session}/attach{query}", None, headers))
             head = connection.read_head()
             self.check(head.status, 101, "attach")
         except BaseException:

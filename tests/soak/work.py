@@ -170,7 +170,8 @@ def followed(errand: Errand) -> None:
 def _follow(errand: Errand, session: str, after: int) -> Iterator[bytes]:
     demultiplexer = Demultiplexer()
     with errand.wire.connect() as connection:
-        connection.send(request_bytes("GET", f"/exec/{session}/logs?follow=1&after={after}"))
+        target = f"/exec/{session}/logs?follow=1&after={after}"
+        connection.send(request_bytes("GET", target, None, errand.wire.headers))
         head = connection.read_head()
         assert (head.status, head.headers["execgate-offset"]) == (200, str(after)), head
         for chunk in connection.read_chunks():

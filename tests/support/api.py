@@ -15,11 +15,20 @@ from support.raw import TIMEOUT, Answer, Connection, Target, request_bytes
 OUTPUT: dict[str, Any] = {"AttachStdout": True, "AttachStderr": True}
 ATTACHED: dict[str, Any] = {"AttachStdin": True, **OUTPUT}
 
+_UPGRADE = {"Connection": "Upgrade", "Upgrade": "tcp"}
 
-def start_bytes(session_id: str, *, version: str = "", upgrade: bool = True, **fields: Any) -> bytes:
+
+def start_bytes(
+    session_id: str,
+    *,
+    version: str = "",
+    upgrade: bool = True,
+    headers: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> bytes:
     """Return a request that starts a session with Docker's `fields`; `upgrade` asks for 101, unless they detach."""
-    headers = {"Connection": "Upgrade", "Upgrade": "tcp"} if upgrade and not fields.get("Detach") else None
-    return request_bytes("POST", f"{version}/exec/{session_id}/start", fields, headers)
+    asked = _UPGRADE if upgrade and not fields.get("Detach") else {}
+    return request_bytes("POST", f"{version}/exec/{session_id}/start", fields, {**asked, **(headers or {})})
 
 
 def demultiplex(data: bytes) -> tuple[bytes, bytes]:
@@ -144,10 +153,11 @@ class Stream:
 
 
 class RawApi:
-    """One service, one connection a request."""
+    """One service, one connection a request; `headers` are sent with each."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, *, headers: Mapping[str, str] | None = None) -> None:
         self.target = target
+        self.headers = dict(headers or {})
 
     def checked(self, method: str, target: str, answer: Answer) -> Answer:
         """Return what the service answered: for those who have more to say about it."""
@@ -161,6 +171,7 @@ class RawApi:
         self, method: str, target: str, body: object = None, *, headers: Mapping[str, str] | None = None
     ) -> Answer:
         """Send one request, as `request_bytes` makes it, and return its answer."""
+        headers = {**self.headers, **(headers or {})}
         with self.connect() as connection:
             return self.checked(method, target, connection.request(method, target, body, headers))
 
@@ -190,7 +201,8 @@ class RawApi:
         """
         connection = self.connect()
         try:
-            connection.send(start_bytes(session_id, version=version, upgrade=upgrade, **fields) + stdin)
+            request = start_bytes(session_id, version=version, upgrade=upgrade, headers=self.headers, **fields)
+            connection.send(request + stdin)
             if end:
                 connection.half_close()
             head = self.checked("POST", f"{version}/exec/{session_id}/start", connection.read_head())
@@ -202,7 +214,7 @@ class RawApi:
     def reattach(self, session_id: str, *, after: int | None = None, tty: bool = False) -> Stream:
         """Attach to a session that runs, or has written something: from the offset `after` on, or from now on."""
         query = "" if after is None else f"?after={after}"
-        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        headers = {**_UPGRADE, **self.headers}
         connection = self.connect()
         try:
             connection.send(request_bytes("POST", f"/exec/{session_id}/attach{query}", None, headers))
@@ -263,7 +275,7 @@ class RawApi:
             parameters["filters"] = json.dumps(parameters["filters"])
         target = f"/events?{urlencode(parameters)}"
         with self.connect() as connection:
-            connection.send(request_bytes("GET", target))
+            connection.send(request_bytes("GET", target, None, self.headers))
             head = connection.read_head()
             assert head.status == 200, head
             self.checked("GET", target, head)

@@ -28,10 +28,12 @@ def bundle_config(
     annotations: Mapping[str, str] | None = None,
     env: Sequence[str] = (),
     no_new_privileges: bool = True,
+    mounts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return a config.json for a root file system `rootfs` beside it; a fresh dictionary to change at will.
 
-    `cgroup` is a path below the root of the hierarchies; without one the runtime takes the container's id.
+    `cgroup` is a path below the root of the hierarchies; without one the runtime takes the container's id. `mounts` are
+    further ones.
 
     The container has pid, mount, ipc, uts and network namespaces of its own. The configuration names no
     `linux.resources`, because crun's device filter needs more locked memory than some machines grant, and raises no
@@ -57,7 +59,7 @@ def bundle_config(
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1024}],
             "noNewPrivileges": no_new_privileges,
         },
-        "mounts": _mounts(),
+        "mounts": [*_mounts(), *map(dict, mounts)],
         "annotations": dict(annotations or {}),
         "linux": {
             **placement,

@@ -17,11 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from support.tls import TlsTarget
+
 TIMEOUT = 30.0
 """Seconds that a read or a write waits before it counts as a hang; only ever spent on a failure."""
 
-Target = Path | tuple[str, int]
-"""Where a service listens: a unix socket, or a host and a port."""
+Target = Path | tuple[str, int] | TlsTarget
+"""Where a service listens: a unix socket, a host and a port, or a port with TLS."""
 
 JSON = {"Content-Type": "application/json"}
 
@@ -90,6 +92,11 @@ class Connection:
     """
 
     def __init__(self, target: Target, *, timeout: float = TIMEOUT) -> None:
+        self.socket: Any  # a socket, or what has its methods
+        if isinstance(target, TlsTarget):
+            self.socket = target.connect(timeout)
+            self._buffer = bytearray()
+            return
         if isinstance(target, Path):
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             address: Any = str(target)

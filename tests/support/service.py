@@ -24,6 +24,12 @@ STOP_TIMEOUT = 10.0  # seconds; the promise is "within seconds", and CI machines
 _SOCKET_NAME = "execgate.sock"
 _STATE_NAME = "state"
 
+POLICY = "policy.toml"
+"""A policy, in the directory of a service that shall have one."""
+
+TOKENS = "tokens"
+"""The bearer tokens, in the directory of a service."""
+
 # The path of a unix socket has 107 bytes (unix(7)), and conmon makes one below a session's own directory.
 _DIRECTORY_MAX = longest_state_dir() - len(f"/{_STATE_NAME}")
 
@@ -70,7 +76,7 @@ class Service:
         Raises HostError with the end of its log when it does not come up.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        config = write_config(directory, hosts)
+        config = write_config(directory, hosts, policy=(directory / POLICY).exists())
         argv = [*wrapper, str(execgate_program()), "serve", "--config", str(config), *flags]
         notify = NotifySocket(directory / "notify")
         with (directory / "service.log").open("ab") as log:
@@ -192,16 +198,22 @@ def fits_sockets(directory: Path) -> bool:
     return len(os.fsencode(directory)) <= _DIRECTORY_MAX
 
 
-def write_config(directory: Path, hosts: Sequence[RuntimeHost]) -> Path:
-    """Write the configuration of a service that has all its files in `directory`, and return its path."""
+def write_config(directory: Path, hosts: Sequence[RuntimeHost], *, policy: bool = False) -> Path:
+    """Write the configuration of a service that has all its files in `directory`, and return its path.
+
+    With `policy` it has the one that is in the directory; without, who starts it may do everything.
+    """
     if not fits_sockets(directory):
         raise HostError(f"{directory}: longer than the {_DIRECTORY_MAX} bytes that leave room for a unix socket")
     # A JSON string is a TOML string.
     lines = [
+        *([f"policy = {json.dumps(str(directory / POLICY))}"] if policy else []),
         f"listen = [{json.dumps(f'unix://{directory / _SOCKET_NAME}')}]",
         f"state_dir = {json.dumps(str(directory / _STATE_NAME))}",
+        f"tokens = {json.dumps(str(directory / TOKENS))}",
         f"runtime_roots = {json.dumps([f'{host.name}={host.root}' for host in hosts])}",
         'engines = ["oci"]',
+        *("" if policy else "allow_privileged = true\nallow_host_equivalent = true").splitlines(),
         "[runtimes]",
         *(f"{host.name} = {json.dumps(str(host.program))}" for host in hosts),
     ]

@@ -18,6 +18,7 @@ FLOORS = [
         "worker", "",
     },
     {"http"},
+    {"gate"},
     {"sessions"},
     {"runtime"},
     {"containers"},
@@ -94,7 +95,7 @@ def test_pure_floors(module: Path) -> None:
     ("package", "only"),
     [
         ("aiohttp", {"http", "client"}),
-        ("pydantic", {"http", "config", "sessions"}),
+        ("pydantic", {"http", "gate", "config", "sessions"}),
         ("sqlite3", {"sessions", "containers"}),
         ("uvloop", {"cli"}),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from execgate import __version__
-from execgate.cli import execute, local, remote
+from execgate.cli import execute, local, remote, token
 from execgate.model.errors import ExecgateError, InvalidArgument, StartFailed
 
 EXIT_FAILURE = 1
@@ -70,4 +70,5 @@ def _parser() -> argparse.ArgumentParser:
     local.add_commands(commands)
     execute.add_commands(commands)
     remote.add_commands(commands)
+    token.add_commands(commands)
     return parser

@@ -1,11 +1,16 @@
-"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`."""
+"""The commands that need no running service.
+
+`serve`, `containers`, `sessions`, `check-config`, `doctor`, `policy`, `audit`.
+"""
 
 import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +19,13 @@ from functools import partial
 from typing import Any
 
 from execgate import logs
-from execgate.cli import doctor
+from execgate.cli import audit, doctor, policy
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
-from execgate.engine import DATABASE, catalog_of
+from execgate.engine import DATABASE, catalog_of, default_policy_of
+from execgate.gate.audit_log import check as check_audit
+from execgate.gate.policy import policy_in_force
+from execgate.http.certificates import server_context
 from execgate.model.container import Container, EngineName
 from execgate.model.errors import InvalidArgument, Unavailable
 from execgate.model.session import ExecSession, SessionState
@@ -25,6 +33,8 @@ from execgate.rootless import enter_podman
 from execgate.runtime import pidfd
 from execgate.sessions.store import read_sessions
 from execgate.status import read_status
+
+_log = logging.getLogger(__name__)
 
 _RELOAD_TIMEOUT = 90.0
 _RELOAD_POLL = 0.02  # a file has no event without inotify, which Python does not have
@@ -44,7 +54,7 @@ def add_commands(commands: Any) -> None:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help="unix:///PATH or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
+        help="unix:///PATH, tls://HOST:PORT or tcp://127.0.0.1:PORT; repeatable (default unix:///run/execgate.sock)",
     )
     serve.add_argument("--conmon", metavar="PATH", help="the monitor program (default: the one on the PATH)")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="default info")
@@ -55,6 +65,7 @@ def add_commands(commands: Any) -> None:
         help="default auto: uvloop where it is installed",
     )
     serve.add_argument("--socket-mode", metavar="MODE", help="permissions of the unix sockets (default 0660)")
+    serve.add_argument("--policy", metavar="FILE", help=policy.POLICY_HELP)
     serve.add_argument("--socket-group", metavar="GROUP", help="group of the unix sockets (default: the service's)")
 
     _command(commands, "reload", _reload, "replace the running service: new code, new configuration, no client notices")
@@ -74,6 +85,8 @@ def add_commands(commands: Any) -> None:
     for table in (containers, sessions):
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.add_command(partial(_command, commands))
+    policy.add_commands(commands, _command)
+    audit.add_command(commands)
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
 
 
@@ -127,11 +140,31 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     logs.set_up(config.log_level, config.log_format)
     if config.rootless == "auto":
         enter_podman(os.environ)
+    check_audit(config.audit())
     factory = _loop_factory(config.event_loop)
+    in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
+    tls = _tls(config, restarted=link.restarted)
     if link.wait_for_turn():
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link))
+            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid()), tls))
     return 0
+
+
+def _tls(config: Config, *, restarted: bool) -> ssl.SSLContext | None:
+    """Read what TLS is spoken with; None where it is not. InvalidArgument.
+
+    Files that cannot be used keep a service from starting, and a reload from happening. But a worker in the place of
+    one that has crashed serves all who need no TLS, and the others when the files are mended and reloaded.
+    """
+    if config.tls is None:
+        return None
+    try:
+        return server_context(config.tls)
+    except InvalidArgument as error:
+        if not restarted:
+            raise
+        _log.error("TLS is not spoken until the next reload: %s", error)
+        return None
 
 
 def _reload(config: Config, _arguments: argparse.Namespace) -> int:
@@ -275,6 +308,7 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         ],
         "runtimes": {name: str(path) for name, path in config.runtime_paths().items()},
         "conmon": str(config.conmon_path() or ""),
+        "policy": str(config.policy_path() or ""),
     }
     places = asdict(config.places())
     found |= {name: str(places[name]) for name in found if name in places and name != "runtimes"}
@@ -284,10 +318,16 @@ def _check_config(config: Config, _arguments: argparse.Namespace) -> int:
         for name, path in config.runtime_paths().items()
         if not os.access(path, os.X_OK)
     ]
+    problems += policy.problems(config)
     problems += [] if config.runtime_paths() else ["neither runc nor crun is installed"]
     conmon = config.conmon_path()
     if conmon is None or not os.access(conmon, os.X_OK):
         problems.append(f"no conmon at {conmon}" if conmon else "conmon is not installed")
+    try:
+        if config.tls is not None:
+            server_context(config.tls)
+    except InvalidArgument as error:
+        problems.append(str(error))
     for problem in problems:
         print(f"execgate: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -8,17 +8,22 @@ import contextlib
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from execgate.cli.signals import run_until_signalled
 from execgate.cli.terminal import copy_output, interact
 from execgate.client import DEFAULT_HOST, Client, Stream
 from execgate.config import load
+from execgate.http.certificates import TlsFiles
 from execgate.model.errors import Conflict, InvalidArgument, NotFound, Unavailable
 from execgate.model.ids import SessionId, parse_session_id
 from execgate.model.session import ExitSource
 
 HOST_VARIABLE = "EXECGATE_HOST"
+TOKEN_VARIABLE = "EXECGATE_TOKEN"  # noqa: S105  (the name of a variable)
+CERTIFICATES_VARIABLE = "DOCKER_CERT_PATH"
 EXIT_LOST = 125
 """The service, or the request to it, failed: no exit code of a process is known."""
 
@@ -61,9 +66,17 @@ def service_command(commands: Any, name: str, ask: Ask, text: str) -> Any:
         "-H",
         "--host",
         metavar="ADDRESS",
-        help=f"the service: unix:///PATH or tcp://HOST:PORT (default ${HOST_VARIABLE}, else the first of the "
-        "configuration's `listen`)",
+        help="the service: unix:///PATH, tls://HOST:PORT or tcp://HOST:PORT "
+        f"(default ${HOST_VARIABLE}, else the first of the configuration's `listen`)",
     )
+    for flag, file, what in (
+        ("--tlscacert", "ca.pem", "the authority that the service's certificate is from"),
+        ("--tlscert", "cert.pem", "your certificate"),
+        ("--tlskey", "key.pem", "its key"),
+    ):
+        default = f"${CERTIFICATES_VARIABLE}/{file}"
+        parser.add_argument(flag, metavar="FILE", help=f"for tls://: {what} (default {default})")
+    parser.add_argument("--token-file", metavar="FILE", help=f"your bearer token (default: ${TOKEN_VARIABLE})")
     parser.add_argument("--config", metavar="FILE", help="TOML file (default /etc/execgate/execgate.toml if it exists)")
     return parser
 
@@ -71,8 +84,27 @@ def service_command(commands: Any, name: str, ask: Ask, text: str) -> Any:
 async def _asked(ask: Ask, arguments: argparse.Namespace) -> int:
     # Who says where the service is need not be allowed to read its configuration.
     host = arguments.host or os.environ.get(HOST_VARIABLE) or _configured_host(arguments)
-    async with Client(host) as client:
+    async with Client(host, tls=_tls_files(arguments), token=_token(arguments)) as client:
         return await ask(client, arguments)
+
+
+def _tls_files(arguments: argparse.Namespace) -> TlsFiles:
+    """Return the files that were named; those that were not, from where Docker's clients look."""
+    directory = os.environ.get(CERTIFICATES_VARIABLE)
+    found = TlsFiles.in_directory(Path(directory)) if directory else TlsFiles()
+    named = {"ca": arguments.tlscacert, "certificate": arguments.tlscert, "key": arguments.tlskey}
+    return replace(found, **{field: Path(name) for field, name in named.items() if name})
+
+
+def _token(arguments: argparse.Namespace) -> str:
+    """Return the bearer token, "" without one. InvalidArgument for a file that cannot be read."""
+    if not arguments.token_file:
+        return os.environ.get(TOKEN_VARIABLE, "")
+    try:
+        return Path(arguments.token_file).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        text = getattr(error, "strerror", None) or "it is no text"
+        raise InvalidArgument(f"{arguments.token_file}: {text}") from error
 
 
 def _configured_host(arguments: argparse.Namespace) -> str:

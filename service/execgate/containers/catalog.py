@@ -28,7 +28,7 @@ import logging
 import re
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,9 @@ _SHORT_ID = re.compile(r"[0-9a-f]{12,}")
 
 Problems = list[tuple[str, str]]
 """Places that were left out, each with the reason."""
+
+Shown = Callable[[Container], bool]
+"""Whether a container exists for whoever asks."""
 
 LabelFilter = tuple[str, str | None]
 """A label that a container must have, with its value; None: any value."""
@@ -104,22 +107,23 @@ class Catalog:
                 found.append(_observe(entry))
         return found
 
-    def find(self, ref: str) -> Container:
+    def find(self, ref: str, shown_to: Shown | None = None) -> Container:
         """Return the container that `ref` means: a full id, else a name (`/name` too), else an id's unique prefix.
 
-        `engine:` before it means those of one engine. Raises NotFound, InvalidArgument when several are meant,
-        Unavailable.
+        `engine:` before it means those of one engine. One that is not `shown_to` whoever asks is as if it were not
+        there: no error tells of it. Raises NotFound, InvalidArgument when several are meant, Unavailable.
         """
         text = ref.removeprefix("/")
+        shown_to = shown_to or _to_anybody
         with self._lock:
             self._refresh()
             shelves, text = self._among(text)
-            entry = self._by_id(shelves, text) or self._by_name(shelves, text)
+            entry = self._by_id(shelves, text, shown_to) or self._by_name(shelves, text, shown_to)
             if entry is None and _SHORT_ID.fullmatch(text):
-                entry = self._by_prefix(shelves, text)
+                entry = self._by_prefix(shelves, text, shown_to)
             if entry is None:
                 self._look_for_renamed()
-                entry = self._by_name(shelves, text) or self._by_prefix(shelves, text)
+                entry = self._by_name(shelves, text, shown_to) or self._by_prefix(shelves, text, shown_to)
             if entry is None:
                 raise NotFound(f"No such container: {shown(ref)}", hint=self._why_not(text))
         return _observe(entry)
@@ -128,7 +132,7 @@ class Catalog:
         """Return the container with this full id, None when there is none, or none that can be read."""
         with self._lock:
             self._refresh()
-            entry = self._by_id(self._shelves, container_id)
+            entry = self._by_id(self._shelves, container_id, _to_anybody)
         return _observe(entry) if entry is not None else None
 
     def problems(self) -> Problems:
@@ -150,7 +154,7 @@ class Catalog:
         Raises NotFound when there is none, Internal when it is unusable.
         """
         with self._lock:
-            entry = self._by_id(self._shelves, container.id)
+            entry = self._by_id(self._shelves, container.id, _to_anybody)
             path = entry.spec_path if entry is not None else f"{container.bundle}/config.json"
             try:
                 return self._specs.read(path)[0]
@@ -176,17 +180,17 @@ class Catalog:
             return [shelf for shelf in self._shelves if shelf.source.engine == engine], rest
         return self._shelves, text
 
-    def _by_id(self, shelves: Sequence[_Shelf], text: str) -> Entry | None:
+    def _by_id(self, shelves: Sequence[_Shelf], text: str, shown_to: Shown) -> Entry | None:
         wanted = ContainerId(text)
         for shelf in shelves:
             entry = self._current(shelf, wanted)
             if entry is not None and not entry.hidden:
-                return entry if self._is_chosen(entry) else None
+                return entry if self._is_chosen(entry) and shown_to(entry.container) else None
         return None
 
-    def _by_name(self, shelves: Sequence[_Shelf], text: str) -> Entry | None:
+    def _by_name(self, shelves: Sequence[_Shelf], text: str, shown_to: Shown) -> Entry | None:
         holders = {container_id for shelf in shelves for container_id in shelf.names.get(text, ())}
-        entries = (self._by_id(shelves, container_id) for container_id in sorted(holders))
+        entries = (self._by_id(shelves, container_id, shown_to) for container_id in sorted(holders))
         found = [entry for entry in entries if entry is not None and text in entry.names]
         if len(found) > 1:
             # A container that stopped gives way to one that has its name now: Kubernetes keeps the dead for a while.
@@ -196,12 +200,12 @@ class Catalog:
             raise InvalidArgument(f"multiple containers are named {shown(text)}: {meant}")
         return found[0] if found else None
 
-    def _by_prefix(self, shelves: Sequence[_Shelf], text: str) -> Entry | None:
+    def _by_prefix(self, shelves: Sequence[_Shelf], text: str, shown_to: Shown) -> Entry | None:
         if not text:
             return None
         found: list[Entry] = []
         for container_id in self._with_prefix(text):
-            entry = self._by_id(shelves, container_id)
+            entry = self._by_id(shelves, container_id, shown_to)
             found += [entry] if entry is not None else []
             if len(found) > 1:
                 raise InvalidArgument(f"multiple IDs found with provided prefix: {shown(text)}")
@@ -304,6 +308,10 @@ class Catalog:
             for container_id, entry in shelf.entries.items()
             if not entry.hidden and first.setdefault(container_id, entry) is not entry
         ]
+
+
+def _to_anybody(_: Container) -> bool:
+    return True
 
 
 def _observe(entry: Entry) -> Container:

@@ -115,11 +115,20 @@ def boot_id() -> str:
 
 def own_capability_bounds() -> int:
     """Return the bounding set of this process as a mask: the most that any exec of ours can hand out."""
+    return _own_mask("CapBnd")
+
+
+def own_capabilities() -> int:
+    """Return the effective capabilities of this process as a mask."""
+    return _own_mask("CapEff")
+
+
+def _own_mask(wanted: str) -> int:
     for line in _required("/proc/self/status").splitlines():
         name, _, value = line.partition(":")
-        if name == "CapBnd":
+        if name == wanted:
             return int(value, 16)
-    raise Internal("the capabilities of the service are unknown", hint="/proc/self/status has no CapBnd line")
+    raise Internal("the capabilities of the service are unknown", hint=f"/proc/self/status has no {wanted} line")
 
 
 def frozen(pid: int) -> bool:

@@ -11,11 +11,13 @@ from execgate.model.errors import (
     Conflict,
     ExecgateError,
     Exhausted,
+    Forbidden,
     Internal,
     InvalidArgument,
     NotFound,
     StartFailed,
     TooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from execgate.oci.text import shown
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _STATUS: dict[type[ExecgateError], int] = {
     InvalidArgument: 400,
+    Unauthenticated: 401,
+    Forbidden: 403,
     NotFound: 404,
     Conflict: 409,
     TooLarge: 413,
@@ -31,6 +35,8 @@ _STATUS: dict[type[ExecgateError], int] = {
     Internal: 500,
     Unavailable: 503,
 }
+
+_CHALLENGE = 'Bearer realm="execgate"'  # RFC 6750, 3
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -69,6 +75,8 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         response = json_error(dialect, status, error.message)
         if isinstance(error, Exhausted):
             response.headers["Retry-After"] = str(error.retry_after)
+        if isinstance(error, Unauthenticated):
+            response.headers["WWW-Authenticate"] = _CHALLENGE
         return response
     except web.HTTPException as error:
         return _http_error(dialect, error)

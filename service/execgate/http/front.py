@@ -28,6 +28,7 @@ from execgate.http.dialects import DOCKER, Dialect, dialect_of
 from execgate.http.errors import error_json
 from execgate.http.progress import Progress
 from execgate.model.errors import Internal
+from execgate.model.principal import Principal
 from execgate.wire.request_head import BadRequest, Body, Head, NeedData, RequestSplitter
 
 log = logging.getLogger(__name__)
@@ -68,16 +69,26 @@ class FrontProtocol(asyncio.Protocol):
         read: bytes = b"",
         resumed: Progress | None = None,
         idle: float | None = None,
+        peer: Principal | None = None,
+        identify: Callable[[asyncio.BaseTransport], Principal | None] = lambda _: None,
+        cut_off: Callable[[], object] | None = None,
     ) -> None:
         """`told` is called when a request has its answer or is patient, when all is written, and at the end of it all.
 
         `read` is what another front has read of the connection and handed over, and `resumed` what was done of the
         first request in it. `idle` is how many seconds the first byte to come may take; None: HEAD_TIMEOUT.
+
+        `peer` is who is known to be at the other end; when nobody is, `identify` is asked, of the transport.
+        `cut_off` is there where more than a socket of ours carries the connection: it cuts that, so that the end does
+        not look like one. Such a connection cannot be handed over.
         """
         self._inner = inner
         self._told = told
         self._read = read
         self._idle = idle
+        self._identify = identify
+        self.cut_off = cut_off
+        """Cuts what carries the connection; None for one that can be handed over."""
         self._splitter = RequestSplitter(max_body=max_body)
         self._transport: asyncio.Transport | None = None
         self._held: bytearray | None = None  # bytes behind a start request, while one is open
@@ -92,7 +103,10 @@ class FrontProtocol(asyncio.Protocol):
         self._request = bytearray()  # the last one that arrived, if it could be asked again, until it has its answer
         self._repeatable = False
         self._frozen = False
+        self._last = False  # the answer that is owed is the last
         self._patient = False
+        self.peer = peer
+        """Who is at the other end, as far as the connection itself proves that."""
         self.resumed = resumed
         """What an earlier service has done of the request that is being answered; None: it is a client's."""
         self.progress: Callable[[], Progress | None] = lambda: self.resumed
@@ -133,7 +147,7 @@ class FrontProtocol(asyncio.Protocol):
         held, self._held = self._held, None
         if held is not None and (held or failed):
             return True
-        return self._eof
+        return self._eof or self._last
 
     @property
     def patient(self) -> bool:
@@ -167,6 +181,8 @@ class FrontProtocol(asyncio.Protocol):
 
     def cut(self) -> None:
         """End the connection at once, in the midst of an answer: it must not look complete."""
+        if self.cut_off is not None:
+            self.cut_off()
         if self._transport is not None:
             self._transport.abort()
 
@@ -180,12 +196,20 @@ class FrontProtocol(asyncio.Protocol):
     # -- handing over -----------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """Read no further request, let no answer in pieces go on, and tell when all that was written is on the wire."""
-        self._frozen = True
+        """Read no further request, let no answer in pieces go on, and tell when all that was written is on the wire.
+
+        A connection that cannot be handed over ends, at once or behind the answer that is owed.
+        """
+        if self.cut_off is not None:
+            self._last = True
+        else:
+            self._frozen = True
         if self._ours:
             transport = cast("asyncio.Transport", self._transport)
             transport.pause_reading()
             transport.set_write_buffer_limits(high=0)
+            if self._last and not self._outstanding:
+                transport.close()
 
     async def proceed(self) -> None:
         """Return as long as an answer may be begun or gone on with; after `freeze`, never: the next service does it."""
@@ -203,6 +227,11 @@ class FrontProtocol(asyncio.Protocol):
         return self._ours and self._outstanding > 0 and not self._patient
 
     @property
+    def owing(self) -> bool:
+        """Whether an answer is owed that has not begun and that the next service cannot give."""
+        return self._ours and self._outstanding > 0 and self.cut_off is not None and not self.answering
+
+    @property
     def unsent(self) -> bool:
         """Whether some of what was answered is not on the wire."""
         return self._ours and cast("asyncio.Transport", self._transport).get_write_buffer_size() > 0
@@ -216,6 +245,8 @@ class FrontProtocol(asyncio.Protocol):
         """
         transport = self._transport
         if transport is None or not self._ours or self._refused or (self._eof and not self._outstanding):
+            return None
+        if self.cut_off is not None:
             return None
         if self.unsent or (self._outstanding and not self._asked_again):
             return None
@@ -243,9 +274,10 @@ class FrontProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no instances of it
+        self.peer = self.peer or self._identify(transport)
         self._arm(HEAD_TIMEOUT if self._idle is None else self._idle)
         self._inner.connection_made(transport)
-        if self._frozen:
+        if self._frozen or self._last:
             self.freeze()
         if self._read:  # before anything that the loop may tell of the rest
             read, self._read = self._read, b""
@@ -366,7 +398,7 @@ class FrontProtocol(asyncio.Protocol):
     def _error_response(self, status: int, message: str) -> bytes:
         """Word a refusal as the API that was asked would; Docker's when it was not said yet which one is."""
         path = self._splitter.path
-        return _error_response(DOCKER if path is None else dialect_of(unquote(path)), status, message)
+        return error_response(DOCKER if path is None else dialect_of(unquote(path)), status, message)
 
     def _expired(self) -> None:
         """Too slow."""
@@ -440,7 +472,8 @@ async def front_middleware(
     return response
 
 
-def _error_response(dialect: Dialect, status: int, message: str) -> bytes:
+def error_response(dialect: Dialect, status: int, message: str) -> bytes:
+    """Return a whole answer, with which its connection ends."""
     body = error_json(dialect, status, message) + b"\n"
     try:
         reason = HTTPStatus(status).phrase

@@ -24,7 +24,7 @@ import os
 import socket
 import struct
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import cast
@@ -103,17 +103,25 @@ class HijackedStream:
     """The client's side of an attached session (`sessions.live.AttachedClient`).
 
     It goes on where `state` says, on a socket that is its own from now on; `parking` is the transport that has another
-    descriptor of it. OSError, and then nothing has happened.
+    descriptor of it. `cut_off` cuts what carries the connection beyond that socket (`FrontProtocol.cut_off`), for
+    whatever is no end of the stream. OSError, and then nothing has happened.
     """
 
     def __init__(
-        self, connection: socket.socket, state: StreamState, streams: OpenStreams, parking: Parking | None = None
+        self,
+        connection: socket.socket,
+        state: StreamState,
+        streams: OpenStreams,
+        parking: Parking | None = None,
+        cut_off: Callable[[], object] | None = None,
     ) -> None:
         connection.setblocking(False)
         if connection.family == socket.AF_UNIX:  # one of TCP grows by itself, unless it is told
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self._socket = connection
         self._parking = parking
+        self._cut_off = cut_off
+        self._ended = False  # we have said that nothing more comes
         self._streams = streams
         self._dialect = dialect_named(state.dialect)
         self._multiplexed = state.multiplexed
@@ -227,10 +235,12 @@ class HijackedStream:
         Where the session is done with it already, nobody but the HTTP request waits, and is let go.
 
         None when there is nothing to hand over: the client is gone, or what it was promised; it was done before; or
-        answers to earlier requests are still in the transport's own buffer, where nobody can take them out; in that
-        case the stream goes on.
+        answers to earlier requests are still in the transport's own buffer, where nobody can take them out; or more
+        than the socket carries the connection. In these last two cases the stream goes on.
         """
         if self._gone or self._handed_over or (self._parking is not None and not self._parking.empty):
+            return None
+        if self._cut_off is not None:
             return None
         head = len(self._head) if self._opening is not None and not self._opening.done() else None
         try:
@@ -378,6 +388,7 @@ class HijackedStream:
         try:
             await self._deliver()
             self._socket.shutdown(socket.SHUT_WR)
+            self._ended = True
             await asyncio.wait([discarding], timeout=_LINGER)
         except (ClientGone, OSError):  # ENOTCONN: it is gone, and that was not noticed yet
             pass
@@ -401,6 +412,8 @@ class HijackedStream:
             return
         self._gone = True
         self._stop()
+        if self._cut_off is not None and not self._ended:
+            self._cut_off()
         self._socket.close()
         if self._parking is not None:
             self._parking.end()  # and `transport_lost` comes

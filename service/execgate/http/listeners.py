@@ -19,18 +19,34 @@ _PROBE_TIMEOUT = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A unix socket's path, or a TCP host and port."""
+    """A unix socket's path, or a TCP host and port, with or without TLS."""
 
     path: Path | None = None
     host: str = ""
     port: int = 0
+    tls: bool = False
 
     def __str__(self) -> str:
-        return f"unix://{self.path}" if self.path else f"tcp://{self.host}:{self.port}"
+        if self.path:
+            return f"unix://{self.path}"
+        host = f"[{self.host}]" if self.tls and ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'tcp'}://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket, and whether TLS is spoken on it."""
+
+    socket: socket.socket
+    tls: bool = False
+
+    def __str__(self) -> str:
+        name = self.socket.getsockname()
+        return f"unix://{name}" if isinstance(name, str) else str(Address(host=name[0], port=name[1], tls=self.tls))
 
 
 def parse_address(text: str) -> Address:
-    """Parse `unix:///PATH` or `tcp://HOST:PORT`. ValueError says what is wrong."""
+    """Parse `unix:///PATH`, `tls://HOST:PORT` or `tcp://HOST:PORT`. ValueError says what is wrong."""
     scheme, separator, rest = text.partition("://")
     if scheme == "unix" and separator and rest:
         path = Path(rest).expanduser().absolute()
@@ -38,12 +54,15 @@ def parse_address(text: str) -> Address:
             raise ValueError(f"{text}: the path is longer than the {_SUN_PATH_MAX} bytes that a unix socket allows")
         return Address(path=path)
     host, colon, port = rest.rpartition(":")
-    if scheme == "tcp" and host and colon and port.isascii() and port.isdigit() and int(port) < 65536:
+    if scheme in ("tcp", "tls") and host and colon and port.isascii() and port.isdigit() and int(port) < 65536:
         host = host.removeprefix("[").removesuffix("]")
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            raise ValueError(f"{text}: only loopback addresses; whoever reaches this port can run commands as root")
-        return Address(host=host, port=int(port))
-    raise ValueError(f"{text}: expected unix:///PATH or tcp://127.0.0.1:PORT")
+        if scheme == "tcp" and host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError(
+                f"{text}: only loopback addresses; whoever reaches this port can run commands as root. "
+                "Others are for tls://"
+            )
+        return Address(host=host, port=int(port), tls=scheme == "tls")
+    raise ValueError(f"{text}: expected unix:///PATH, tls://HOST:PORT or tcp://127.0.0.1:PORT")
 
 
 def open_listener(address: Address, *, mode: int, group: str) -> socket.socket:
@@ -137,10 +156,10 @@ def _clear_stale(path: Path) -> None:
 
 
 def _open_tcp(address: Address) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    family, _, _, _, name = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
     with _listening(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address.host, address.port))
+        listener.bind(name)
     return listener
 
 

@@ -5,20 +5,25 @@ import contextlib
 import functools
 import logging
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from execgate.http.dialects import dialect_of
 from execgate.http.errors import error_middleware, json_error
 from execgate.http.front import FrontProtocol, front_middleware
 from execgate.http.hijack import OpenStreams
-from execgate.http.listeners import BACKLOG
+from execgate.http.listeners import BACKLOG, Listener
+from execgate.http.peers import kernels_word
 from execgate.http.progress import Progress
 from execgate.http.takeover import OPEN_STREAMS
+from execgate.http.tls import TlsServer
 from execgate.http.tree import Tree
+from execgate.model.principal import Principal
 from execgate.wire.request_head import MAX_HEAD, MAX_REQUEST_LINE
 
 log = logging.getLogger(__name__)
@@ -40,9 +45,15 @@ _TURNS = 5
 _KEEP_SOCKET_FILE: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
-def build_application(trees: Iterable[Tree], streams: OpenStreams) -> web.Application:
-    """Return the application that serves these trees, and hijacks connections into `streams`."""
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[front_middleware, error_middleware])
+def build_application(
+    trees: Iterable[Tree], streams: OpenStreams, middlewares: Iterable[Middleware] = ()
+) -> web.Application:
+    """Return the application that serves these trees, and hijacks connections into `streams`.
+
+    `middlewares` stand before the handlers, and what they raise is answered in the words of the tree.
+    """
+    around = [front_middleware, error_middleware, *middlewares]
+    app = web.Application(client_max_size=MAX_BODY, middlewares=around)
     app[OPEN_STREAMS] = streams
     for tree in trees:
         for method, path, handler in tree.routes():
@@ -68,21 +79,36 @@ class HttpServer:
         )
         self.streams = app[OPEN_STREAMS]
         self._servers: list[asyncio.Server] = []
+        self._tls: TlsServer | None = None
+        self._accepting = False
         self._fronts: set[FrontProtocol] = set()
         self._changed = asyncio.Event()
 
-    async def start(self, listeners: list[socket.socket]) -> None:
-        """Accept connections from now on."""
+    async def start(self, listeners: Iterable[Listener], tls: ssl.SSLContext | None = None) -> None:
+        """Accept connections from now on; `tls` is for the listeners that want it."""
         await self._runner.setup()
-        loop = asyncio.get_running_loop()
-        for listener in listeners:  # the loop listens anew, and would cut the backlog to a hundred
-            if listener.family == socket.AF_UNIX:
-                server = await loop.create_unix_server(
-                    self._new_connection, sock=listener, backlog=BACKLOG, **_KEEP_SOCKET_FILE
-                )
-            else:
-                server = await loop.create_server(self._new_connection, sock=listener, backlog=BACKLOG)
-            self._servers.append(server)
+        self._accepting = True
+        if tls is not None:
+            self._tls = TlsServer(tls, self._serve_decrypted, self.streams.hang_ups)
+        for listener in listeners:
+            if not listener.tls:
+                self._servers.append(await self._serve(listener.socket))
+            elif self._tls is not None:
+                self._tls.listen(listener.socket)
+
+    async def _serve(self, listener: socket.socket) -> asyncio.Server:
+        loop = asyncio.get_running_loop()  # which listens anew, and would cut the backlog to a hundred
+        connection = functools.partial(self._new_connection, identify=kernels_word)
+        if listener.family == socket.AF_UNIX:
+            return await loop.create_unix_server(connection, sock=listener, backlog=BACKLOG, **_KEEP_SOCKET_FILE)
+        return await loop.create_server(connection, sock=listener, backlog=BACKLOG)
+
+    async def _serve_decrypted(
+        self, connection: socket.socket, peer: Principal | None, cut_off: Callable[[], object]
+    ) -> None:
+        """Serve what a TLS tunnel leads to: a socket of our own, whose peer by the kernel is ourselves."""
+        new_connection = functools.partial(self._new_connection, peer=peer, cut_off=cut_off)
+        await asyncio.get_running_loop().connect_accepted_socket(new_connection, connection)
 
     async def stop_accepting(self) -> None:
         """Close the listening sockets; connections that are open stay, those that were accepted just now among them.
@@ -90,6 +116,9 @@ class HttpServer:
         asyncio drops a connection whose server is closed before it has got its protocol (`Server._attach`). So first
         it is to accept no more; uvloop knows no such reader, and needs none of this.
         """
+        self._accepting = False
+        if self._tls is not None:
+            self._tls.stop_accepting()
         if self._servers:
             for listener in (one for server in self._servers for one in server.sockets):
                 asyncio.get_running_loop().remove_reader(listener.fileno())
@@ -103,6 +132,7 @@ class HttpServer:
         for front in self._fronts:
             front.freeze()
         await self._until_none(lambda front: front.busy, _SHUTDOWN_TIMEOUT)
+        await self._until_none(lambda front: front.owing, _DRAIN_TIMEOUT)
         await self._until_none(lambda front: front.unsent, _DRAIN_TIMEOUT)
         await self.settle()
 
@@ -110,6 +140,11 @@ class HttpServer:
         """Let what was accepted get its protocol, and what was answered just now get on the wire."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
+
+    async def deliver(self) -> None:
+        """Let what was sent over TLS arrive, as far as that takes not long: those connections end with this process."""
+        if self._tls is not None:
+            await self._tls.drained(_DRAIN_TIMEOUT)
 
     def hand_over(self) -> list[tuple[int, bytes, Progress | None]]:
         """Return the connections that can go on elsewhere; after `quiesce`.
@@ -122,7 +157,7 @@ class HttpServer:
     async def adopt(self, fd: int, read: bytes, progress: Progress | None) -> None:
         """Go on with a connection that another server has handed over."""
         loop = asyncio.get_running_loop()
-        connection = functools.partial(self._new_connection, read, progress, KEEPALIVE)
+        connection = functools.partial(self._new_connection, read, progress, KEEPALIVE, identify=kernels_word)
         await loop.connect_accepted_socket(connection, socket.socket(fileno=fd))
 
     async def close(self) -> None:
@@ -131,6 +166,9 @@ class HttpServer:
         await self._runner.cleanup()
         for stream in self.streams:
             stream.abandon()
+        if self._tls is not None:
+            await self._tls.drained(_DRAIN_TIMEOUT)
+            await self._tls.close()
 
     async def _until_none(self, of_kind: Callable[[FrontProtocol], bool], seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -140,7 +178,14 @@ class HttpServer:
                     await self._changed.wait()
 
     def _new_connection(
-        self, read: bytes = b"", progress: Progress | None = None, idle: float | None = None
+        self,
+        read: bytes = b"",
+        progress: Progress | None = None,
+        idle: float | None = None,
+        *,
+        peer: Principal | None = None,
+        identify: Callable[[asyncio.BaseTransport], Principal | None] = lambda _: None,
+        cut_off: Callable[[], object] | None = None,
     ) -> FrontProtocol:
         server = self._runner.server
         assert server is not None
@@ -153,9 +198,19 @@ class HttpServer:
             max_line_size=2 * MAX_REQUEST_LINE,
             max_field_size=2 * MAX_HEAD,
         )
-        front = FrontProtocol(inner, max_body=MAX_BODY, told=self._told, read=read, resumed=progress, idle=idle)
+        front = FrontProtocol(
+            inner,
+            max_body=MAX_BODY,
+            told=self._told,
+            read=read,
+            resumed=progress,
+            idle=idle,
+            peer=peer,
+            identify=identify,
+            cut_off=cut_off,
+        )
         self._fronts.add(front)
-        if not self._servers:  # accepted at the last moment
+        if not self._accepting:  # accepted at the last moment
             front.freeze()
         return front
 

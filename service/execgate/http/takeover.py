@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
@@ -53,16 +53,20 @@ def _park(
     try:
         connection = duplicate(transport)
         parking = Parking(transport, front.connection_lost)
-        return _stream(connection, state, streams, parking), parking
+        return _stream(connection, state, streams, parking, front.cut_off), parking
     except OSError as error:
         raise Unavailable("the host is out of resources", hint=f"a client's connection: {error}") from error
 
 
 def _stream(
-    connection: socket.socket, state: StreamState, streams: OpenStreams, parking: Parking | None = None
+    connection: socket.socket,
+    state: StreamState,
+    streams: OpenStreams,
+    parking: Parking | None = None,
+    cut_off: Callable[[], object] | None = None,
 ) -> HijackedStream:
     try:
-        return HijackedStream(connection, state, streams, parking)
+        return HijackedStream(connection, state, streams, parking, cut_off)
     except OSError:
         connection.close()
         raise

@@ -300,6 +300,8 @@ class Keeper:
         ours, theirs = protocol.pair()
         with theirs:
             environ = {**self._environ, protocol.ENVIRONMENT: str(theirs.fileno())}
+            if self._has_served and not self._reloading:
+                environ[protocol.RESTARTED] = "1"
             # A session of its own: Ctrl-C is for us, and we pass it on once. And when we die, the kernel must not find
             # an orphaned process group, which would get a SIGHUP if anybody in it is stopped: a conmon that starts.
             pid = os.posix_spawn(self._argv[0], self._argv, environ, setsid=True, setsigmask=(), setsigdef=_DEFAULTS)

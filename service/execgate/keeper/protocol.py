@@ -36,6 +36,9 @@ ACTIVATED = "socket."
 ENVIRONMENT = "EXECGATE_KEEPER"
 """The variable in which a worker finds the number of its end of the socket."""
 
+RESTARTED = "EXECGATE_RESTARTED"
+"""The variable that tells a worker that it takes the place of one that dies, and not that of one that is replaced."""
+
 BATCH = 64
 """Descriptors in one message; the kernel takes 253 (SCM_MAX_FD, unix(7))."""
 

@@ -33,8 +33,8 @@ class ExecConfig:
     `env` holds `NAME=value` pairs, or a bare `NAME`, which removes the container's value as in Docker.
     `detach_keys` is the sequence of bytes that detaches, already parsed; empty disables it. `user` is the
     caller's own text (`""`: the container's user). `working_dir` is absolute or `""`. `timeout` is seconds from the
-    start of the process until it gets SIGTERM. What is captured can be read while the session is known, whether or
-    not a client was attached.
+    start of the process until it gets SIGTERM, `idle_timeout` the same from the last byte in either direction. What is
+    captured can be read while the session is known, whether or not a client was attached.
     """
 
     args: tuple[str, ...]
@@ -49,6 +49,7 @@ class ExecConfig:
     user: str = ""
     working_dir: str = ""
     timeout: float | None = None
+    idle_timeout: float | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     capture_stdout: bool = False
     capture_stderr: bool = False

@@ -20,6 +20,14 @@ class InvalidArgument(ExecgateError):
     """The request itself is wrong; sent again it will be wrong again."""
 
 
+class Unauthenticated(ExecgateError):
+    """Nobody knows who asks."""
+
+
+class Forbidden(ExecgateError):
+    """It is known who asks, and what is asked of, and no rule permits it."""
+
+
 class NotFound(ExecgateError):
     """No such container, session or page."""
 

@@ -11,13 +11,15 @@ class Event:
     """One event of a container.
 
     `action` is Docker's: `exec_create: CMD`, `exec_start: CMD`, `exec_die`, `exec_detach`. `time_ns` is
-    nanoseconds since the epoch. `attributes` never holds an environment value.
+    nanoseconds since the epoch. `attributes` never holds an environment value. `owner` is whose session it is about
+    (`Principal.id`): for us, not for those who look.
     """
 
     action: str
     container_id: ContainerId
     time_ns: int
     attributes: Mapping[str, str] = field(default_factory=dict)
+    owner: str = ""
 
     @property
     def verb(self) -> str:

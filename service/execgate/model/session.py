@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from execgate.model.access import Record
 from execgate.model.config import ExecConfig, ResolvedUser
-from execgate.model.container import ContainerBinding
+from execgate.model.container import ContainerBinding, EngineName
 from execgate.model.ids import SessionId
 from execgate.model.process import ProcessIdentity
 
@@ -92,7 +93,9 @@ class ExecSession:
     no record outlives that. `process` and `monitor` (conmon) are set while they are known to exist or have existed;
     `exit` is set exactly when `state` is stopped. `error` is why a start failed. `transferred` is what had passed at
     the end. `attended`: somebody is attached, or was until a service died, and the process is to go with its clients.
-    `container_labels` are those of the container at create: events show them.
+    `container_labels`, `aliases`, `engine` and `image` are those of the container at create: events show them, and
+    rules go by them when it is gone. `owner` is the principal that created it, `rule` what permitted that; `record`
+    and `record_or_end` are that rule's (`access.Grant`).
     """
 
     id: SessionId
@@ -112,6 +115,13 @@ class ExecSession:
     transferred: ByteCounts = ByteCounts()
     attended: bool = False
     container_labels: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    engine: EngineName = EngineName.OCI
+    image: str = ""
+    owner: str = ""
+    rule: str = ""
+    record: Record = Record.NOTHING
+    record_or_end: bool = False
 
     @property
     def running(self) -> bool:

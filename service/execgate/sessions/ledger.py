@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from execgate.model.errors import Unavailable
 from execgate.model.events import Event
@@ -22,12 +23,37 @@ from execgate.sessions.store import SessionStore
 log = logging.getLogger(__name__)
 
 
+class Witness(Protocol):
+    """Somebody who is told of every step before it is kept: an audit log."""
+
+    def step(self, session: ExecSession) -> None:
+        """Take note of a session in the state that it is about to get.
+
+        Unavailable refuses a step that nothing has happened for yet, `created` and `starting`; for the others it must
+        not be raised. A service that dies right behind this tells of the same step again.
+        """
+
+    async def flushed(self) -> None:
+        """Return once what was noted outlives the host, if that is wanted. Unavailable: nothing may be done now."""
+
+
+class NoWitness:
+    """Nobody."""
+
+    def step(self, session: ExecSession) -> None:
+        """See `Witness`."""
+
+    async def flushed(self) -> None:
+        """See `Witness`."""
+
+
 class Ledger:
     """The records of all sessions, their events, and those who wait for an end."""
 
-    def __init__(self, store: SessionStore, events: EventBus) -> None:
+    def __init__(self, store: SessionStore, events: EventBus, witness: Witness | None = None) -> None:
         self._store = store
         self._events = events
+        self._witness = witness or NoWitness()
         self._unsaved: dict[SessionId, tuple[ExecSession, ExecSession]] = {}  # what the store has, and what is true
         self._waiters: dict[SessionId, asyncio.Future[ExecSession]] = {}
 
@@ -55,20 +81,29 @@ class Ledger:
     # -- the steps --------------------------------------------------------------------------------------------------
 
     def created(self, session: ExecSession) -> None:
-        """Keep a new session."""
+        """Keep a new session. Unavailable."""
+        self._witness.step(session)
         self._store.add(session)
         self.tell(f"exec_create: {' '.join(session.config.args)}", session)
 
     def starting(self, session: ExecSession) -> ExecSession:
-        """Keep the intent to start it. StateChanged when another was faster."""
+        """Keep the intent to start it. StateChanged when another was faster; Unavailable."""
         now, since = _time_of_step(session)
-        return self._store.move(session, replace(session, state=SessionState.STARTING, started_at=now, since=since))
+        after = replace(session, state=SessionState.STARTING, started_at=now, since=since)
+        self._witness.step(after)
+        return self._store.move(session, after)
+
+    async def witnessed(self) -> None:
+        """Return once what was kept may be acted upon: see `Witness.flushed`. Unavailable."""
+        await self._witness.flushed()
 
     def running(self, session: ExecSession, process: ProcessIdentity, monitor: ProcessIdentity | None) -> ExecSession:
         """Keep who it is. Its time begins now."""
         now, since = _time_of_step(session)
         after = replace(session, state=SessionState.RUNNING, started_at=now, since=since)
-        return self._keep(session, replace(after, process=process, monitor=monitor))
+        after = replace(after, process=process, monitor=monitor)
+        self._witness.step(after)
+        return self._keep(session, after)
 
     def expired(self, session: ExecSession) -> ExecSession:
         """Keep that its time is over, before it is ended for it: whoever learns of its end cannot tell any more."""
@@ -99,6 +134,7 @@ class Ledger:
             timed_out=timed_out,
             transferred=transferred or ByteCounts(),
         )
+        self._witness.step(after)
         after = self._keep(session, after)
         self._events.publish(_end_of(after))
         if (waiter := self._waiters.pop(session.id, None)) is not None and not waiter.done():
@@ -178,6 +214,7 @@ def _event(action: str, session: ExecSession, time_ns: int, **attributes: str) -
             "execID": session.id,
             **attributes,
         },
+        owner=session.owner,
     )
 
 

@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from execgate.containers import proc
+from execgate.model.access import Grant
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
-from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
+from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed, Unavailable
 from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
+from execgate.model.principal import PROGRAM
 from execgate.model.session import ByteCounts, ExecSession, ExitSource, SessionState
 from execgate.oci.process import build_process, validate_config
 from execgate.oci.users import container_user, resolve_user
@@ -39,7 +41,7 @@ from execgate.runtime.spawning import ExecRequest
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
-from execgate.sessions.ledger import Ledger
+from execgate.sessions.ledger import Ledger, Witness
 from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, Handed, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
@@ -83,7 +85,7 @@ class Runtime(Protocol):
 class Containers(Protocol):
     """Which containers there are (`containers.catalog.Catalog`)."""
 
-    def find(self, ref: str) -> Container:
+    def find(self, ref: str, /) -> Container:
         """Look one up by id, name or unique prefix; NotFound, InvalidArgument."""
 
     def get(self, container_id: ContainerId) -> Container | None:
@@ -94,6 +96,16 @@ class Containers(Protocol):
 
     def binding(self, container: Container) -> ContainerBinding:
         """Return which incarnation it is."""
+
+
+class Caller(Protocol):
+    """On whose behalf a session is created."""
+
+    def find(self, ref: str) -> Container:
+        """Look up one of the containers that the caller may see; NotFound, InvalidArgument."""
+
+    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
+        """Permit an exec as it would run. Forbidden."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +141,21 @@ class HandedSession:
     output: Remembered
 
 
+class _Program:
+    """This program itself: it has its rights from the kernel, and needs no rule."""
+
+    def __init__(self, containers: Containers) -> None:
+        self._containers = containers
+
+    def find(self, ref: str) -> Container:
+        """See `Caller`."""
+        return self._containers.find(ref)
+
+    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:  # noqa: ARG002
+        """See `Caller`."""
+        return Grant(owner=PROGRAM.id, rule="", config=config)
+
+
 class _TooLate(Exception):
     """A start is ready when all that runs is handed over already."""
 
@@ -151,12 +178,13 @@ class SessionManager:
         all_capabilities: Sequence[str],
         limits: Limits,
         captures: Path,
+        witness: Witness | None = None,
     ) -> None:
         """`captures` is the directory of captured output; it is made when it is needed."""
         self._containers = containers
         self._runtime = runtime
         self._store = store
-        self._ledger = Ledger(store, events)
+        self._ledger = Ledger(store, events, witness)
         self._read_accounts = read_accounts
         self._all_capabilities = all_capabilities
         self._limits = limits
@@ -172,21 +200,33 @@ class SessionManager:
 
     # -- create and look ---------------------------------------------------------------------------------------------
 
-    async def create(self, container_ref: str, config: ExecConfig) -> ExecSession:
-        """Register an exec in a running container. NotFound, Conflict, InvalidArgument, Exhausted."""
+    async def create(self, container_ref: str, config: ExecConfig, caller: Caller | None = None) -> ExecSession:
+        """Register an exec in a running container; without a `caller` for this program itself.
+
+        NotFound, Conflict, InvalidArgument, Exhausted, Forbidden.
+        """
+        caller = caller or _Program(self._containers)
         validate_config(config)
-        container = running(self._containers.find(container_ref))
+        container = running(caller.find(container_ref))
         user = await self._resolve_user(container, config.user)
-        self._check_room(container.id)
+        grant = caller.grant(container, config, user)
+        self._check_room(container.id, grant)
         session = ExecSession(
             id=new_session_id(),
             container=self._containers.binding(container),
-            config=config,
+            config=grant.config,
             user=user,
             state=SessionState.CREATED,
             created_at=time.time(),
             since=time.monotonic(),
             container_labels=container.labels,
+            aliases=container.aliases,
+            engine=container.engine,
+            image=container.image,
+            owner=grant.owner,
+            rule=grant.rule,
+            record=grant.record,
+            record_or_end=grant.record_or_end,
         )
         self._ledger.created(session)
         # Behind the answer, while the client reads it.
@@ -231,6 +271,10 @@ class SessionManager:
             for session in self._of_container(container_ref)
             if session.running and (session.process is None or proc.is_alive(session.process))
         ]
+
+    def of_id(self, container_id: ContainerId) -> Sequence[ExecSession]:
+        """Return the sessions of a container, which may be gone, by its full id."""
+        return self._ledger.of_container(container_id)
 
     def running_in(self, container_id: ContainerId) -> Sequence[SessionId]:
         """Return the ids of the sessions that run in a container."""
@@ -495,8 +539,13 @@ class SessionManager:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _check_room(self, container_id: ContainerId) -> None:
+    def _check_room(self, container_id: ContainerId, grant: Grant) -> None:
         limits = self._limits
+        if grant.max_sessions is not None and self._store.unfinished_of(grant.owner, grant.rule) >= grant.max_sessions:
+            raise Exhausted(
+                f"you have {grant.max_sessions} exec sessions already, as many as you may; try again later",
+                hint=f"max_sessions of rule {grant.rule}, for {grant.owner}",
+            )
         if self._ledger.count() >= limits.sessions:
             raise Exhausted(
                 f"{limits.sessions} exec sessions are known already; try again later",
@@ -595,7 +644,19 @@ class SessionManager:
             assert begun is not None
             begun.execution = execution
             turn.until = begun.settled
+            await self._witnessed(begun)
             return begun
+
+    async def _witnessed(self, begun: LiveSession) -> None:
+        """Wait until a start may be acted upon, and undo it if it may not. Unavailable."""
+        try:
+            await self._ledger.witnessed()
+        except Unavailable as error:
+            await begun.undo(error.message)
+            raise
+        except BaseException:
+            await begun.undo()
+            raise
 
     @contextlib.asynccontextmanager
     async def _preparation(self, session_id: str) -> AsyncIterator[Callable[[], None]]:

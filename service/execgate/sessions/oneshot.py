@@ -10,7 +10,7 @@ from execgate.model.errors import Conflict, NotFound
 from execgate.model.ids import SessionId
 from execgate.model.session import ExecSession, SessionState
 from execgate.sessions.local import follow_sizes
-from execgate.sessions.manager import SessionManager
+from execgate.sessions.manager import Caller, SessionManager
 from execgate.sessions.pump import ClientGone
 from execgate.wire import stdcopy
 
@@ -47,16 +47,18 @@ async def run(
     preserved: Sequence[int] = (),
     sizes: AsyncIterable[ConsoleSize] | None = None,
     begun: "Callable[[SessionId, Collector], None]" = lambda *_: None,
+    caller: Caller | None = None,
 ) -> RunResult:
     """Run a command to its end and return what it wrote, `limit` bytes of stdout and stderr together.
 
     stdin is attached exactly when there is some. `preserved` are descriptors of this program that the process gets as
     3, 4, …; its terminal takes on each of `sizes` as it comes. A command that cannot be started is a result too: 126,
     127 or 128, and `session.error`. Whoever cancels this kills the process, its tree included: nobody will ever see
-    its output. `begun` is told of the session as soon as there is one, and who is its client.
+    its output. `begun` is told of the session as soon as there is one, and who is its client. `caller` is on whose
+    behalf it is created (`SessionManager.create`).
     """
     config = replace(config, attach_stdin=bool(stdin), attach_stdout=True, attach_stderr=True)
-    session = await manager.create(container_ref, config)
+    session = await manager.create(container_ref, config, caller)
     collector = Collector(stdin, limit)
     begun(session.id, collector)
     resizing = None if sizes is None else asyncio.ensure_future(follow_sizes(manager, session.id, sizes))

@@ -17,6 +17,7 @@ be understood is dropped, with a line in the log. The file of a *newer* service 
 import logging
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,6 +66,7 @@ class SessionStore:
         self._known: dict[SessionId, ExecSession] = {}
         self._by_container: dict[ContainerId, dict[SessionId, ExecSession]] = {}
         self._unfinished: dict[ContainerId, set[SessionId]] = {}
+        self._unfinished_of: Counter[tuple[str, str]] = Counter()  # by owner and rule
         self._created: set[SessionId] = set()
         self._last_text: tuple[SessionId, str] | None = None  # what was written last
         with _translated(path):
@@ -154,6 +156,10 @@ class SessionStore:
         """Return how many sessions of a container are created or running."""
         return len(self._unfinished.get(container_id, ()))
 
+    def unfinished_of(self, owner: str, rule: str) -> int:
+        """Return how many sessions of an owner, permitted by a rule, are created or running."""
+        return self._unfinished_of[owner, rule]
+
     @property
     def created(self) -> int:
         """How many sessions wait for their start."""
@@ -178,13 +184,18 @@ class SessionStore:
         self._unindex(session)
         if session.state is not SessionState.STOPPED:
             self._unfinished.setdefault(container_id, set()).add(session.id)
+            self._unfinished_of[session.owner, session.rule] += 1
         if session.state is SessionState.CREATED:
             self._created.add(session.id)
 
     def _unindex(self, session: ExecSession) -> None:
         self._created.discard(session.id)
-        if (unfinished := self._unfinished.get(session.container.container_id)) is not None:
+        unfinished = self._unfinished.get(session.container.container_id, set())
+        if session.id in unfinished:
             unfinished.discard(session.id)
+            self._unfinished_of[session.owner, session.rule] -= 1
+            if not self._unfinished_of[session.owner, session.rule]:
+                del self._unfinished_of[session.owner, session.rule]
             if not unfinished:
                 del self._unfinished[session.container.container_id]
 

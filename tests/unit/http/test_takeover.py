@@ -14,6 +14,7 @@ from aiohttp import web
 from execgate.http.dialects import DOCKER
 from execgate.http.front import front_of
 from execgate.http.hijack import HijackedStream, OpenStreams
+from execgate.http.listeners import Listener
 from execgate.http.server import HttpServer, build_application
 from execgate.http.takeover import AlreadyAnswered, hijack, restore
 from execgate.http.tree import Route, Tree
@@ -91,7 +92,7 @@ async def serving(family: int, directory: Path) -> AsyncIterator[Site]:
     listener.bind(str(directory / "socket") if family == socket.AF_UNIX else ("127.0.0.1", 0))
     listener.setblocking(False)
     site = Site(family, listener.getsockname(), server, starts)
-    await server.start([listener])
+    await server.start([Listener(listener)])
     yield site
     for stream in server.streams:  # as the sessions do; aiohttp waits for its handlers
         stream.abandon()

@@ -128,6 +128,8 @@ def session(one: ExecSession) -> Json:
         "CaptureStdout": config.capture_stdout,
         "CaptureStderr": config.capture_stderr,
         "OnDisconnect": config.on_disconnect,
+        "Owner": one.owner,
+        "Rule": one.rule,
         "Error": one.error,
         "StdinBytes": one.transferred.stdin,
         "StdoutBytes": one.transferred.stdout,

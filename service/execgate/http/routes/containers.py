@@ -5,26 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 from aiohttp import web
 
-from execgate.containers.catalog import Catalog
 from execgate.containers.top import Top
 from execgate.http.answers.subjects import Subject
 from execgate.http.dialects import Dialect
 from execgate.http.filters import matches_label, parse_filters
+from execgate.http.identity import access_of
 from execgate.http.query import flag
 from execgate.http.tree import Route
 from execgate.model.container import Container, ContainerStatus
 from execgate.model.errors import InvalidArgument, NotFound
-from execgate.sessions.manager import SessionManager
 
 _FILTERS = frozenset({"name", "id", "label", "status"})
 
 
 class ContainerRoutes:
-    """The container queries over a `Catalog`, in the manner of one dialect."""
+    """The container queries, in the manner of one dialect."""
 
-    def __init__(self, catalog: Catalog, manager: SessionManager, dialect: Dialect) -> None:
-        self._catalog = catalog
-        self._manager = manager
+    def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
 
     def routes(self) -> Sequence[Route]:
@@ -37,7 +34,7 @@ class ContainerRoutes:
         limit = _limit(request)
         everything = flag(request, "all") or "status" in filters or limit > 0
         # In a thread: to ask the kernel about a thousand containers takes its time.
-        found = await asyncio.to_thread(self._catalog.list)
+        found = await asyncio.to_thread(access_of(request).containers)
         chosen = [
             container
             for container in sorted(found, key=lambda c: c.created, reverse=True)
@@ -48,22 +45,22 @@ class ContainerRoutes:
 
     async def inspect(self, request: web.Request) -> web.Response:
         """GET /containers/{name}/json."""
-        container = self._catalog.find(request.match_info["name"])
+        access = access_of(request)
+        container = access.find(request.match_info["name"])
         try:
-            spec = self._catalog.spec(container)
+            spec = access.spec(container)
         except NotFound:
             if container.init is not None:
                 raise
             spec = {}  # an engine keeps its record of a container that has ended, and not always the bundle
-        subject = Subject(container, spec, self._manager.running_in(container.id))
+        subject = Subject(container, spec, access.running_in(container.id))
         return web.json_response(self._dialect.answers.container(subject, self._dialect.version_of(request)))
 
 
 class TopRoutes:
     """`docker top`."""
 
-    def __init__(self, catalog: Catalog, top: Callable[[Container, str], Top]) -> None:
-        self._catalog = catalog
+    def __init__(self, top: Callable[[Container, str], Top]) -> None:
         self._top = top
 
     def routes(self) -> Sequence[Route]:
@@ -72,7 +69,7 @@ class TopRoutes:
 
     async def top(self, request: web.Request) -> web.Response:
         """GET /containers/{name}/top?ps_args=."""
-        container = self._catalog.find(request.match_info["name"])
+        container = access_of(request).for_top(request.match_info["name"])
         top = await asyncio.to_thread(self._top, container, request.query.get("ps_args") or "-ef")
         return web.json_response({"Titles": top.titles, "Processes": top.processes})
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -11,21 +11,19 @@ from aiohttp import web
 
 from execgate.http.filters import matches_label, parse_filters
 from execgate.http.front import FrontProtocol, front_of
+from execgate.http.identity import access_of
 from execgate.http.streamed import Streamed
 from execgate.http.tree import Route
 from execgate.model.errors import InvalidArgument
 from execgate.model.events import Event
-from execgate.sessions.events import EventBus, Subscription
+from execgate.sessions.events import Subscription
 
 _FILTERS = frozenset({"container", "event", "label", "type", "image", "scope", "daemon"})
 _NANO = 1_000_000_000
 
 
 class EventRoutes:
-    """Docker's event stream over an `EventBus`."""
-
-    def __init__(self, bus: EventBus) -> None:
-        self._bus = bus
+    """Docker's event stream."""
 
     def routes(self) -> Sequence[Route]:
         """See tree.RouteGroup."""
@@ -37,17 +35,22 @@ class EventRoutes:
         if since is not None and until is not None and until < since:
             raise InvalidArgument("`since` time cannot be after `until` time")
         filters = parse_filters(request.query.get("filters", ""), _FILTERS)
-        front = front_of(request)
+        front, access = front_of(request), access_of(request)
+        bus = access.events
+
+        def asked(event: Event) -> bool:
+            return (until is None or event.time_ns <= until) and matches(event, filters) and access.sees_event(event)
+
         if front.resumed is not None:
             begin = front.resumed.position
         else:
-            begin = None if since is None else self._bus.next - len(self._bus.past(since))
-        with self._bus.subscribe(begin) as subscription:
+            begin = None if since is None else bus.next - len(bus.past(since))
+        with bus.subscribe(begin) as subscription:
             response = Streamed(front, {"Content-Type": "application/json"}, subscription.position)
             async with response.begun(request):
                 for event in subscription.waiting():
-                    await _tell(response, event, filters, until)
-                await self._follow(front, response, subscription, filters, until)
+                    await _tell(response, event, asked)
+                await self._follow(front, response, subscription, asked, until)
         return response
 
     async def _follow(
@@ -55,7 +58,7 @@ class EventRoutes:
         front: FrontProtocol,
         response: Streamed,
         subscription: Subscription,
-        filters: Mapping[str, list[str]],
+        asked: Callable[[Event], bool],
         until: int | None,
     ) -> None:
         """Write what happens until `until`, the client's leaving, or the end of the service."""
@@ -64,17 +67,16 @@ class EventRoutes:
         try:
             async with asyncio.timeout(None if until is None else max(0.0, (until - time.time_ns()) / _NANO)):
                 async for event in subscription:
-                    await _tell(response, event, filters, until)
+                    await _tell(response, event, asked)
         except TimeoutError:
             await front.proceed()  # there may be an event that the next service has to tell
         finally:
             left.cancel()
 
 
-async def _tell(response: Streamed, event: Event, filters: Mapping[str, list[str]], until: int | None) -> None:
-    """Write the next event, if it is asked for."""
-    shown = (until is None or event.time_ns <= until) and matches(event, filters)
-    line = json.dumps(message(event), ensure_ascii=True).encode() + b"\n" if shown else b""
+async def _tell(response: Streamed, event: Event, asked: Callable[[Event], bool]) -> None:
+    """Write the next event, if it is asked for and may be seen."""
+    line = json.dumps(message(event), ensure_ascii=True).encode() + b"\n" if asked(event) else b""
     await response.piece(line, response.position + 1)
 
 

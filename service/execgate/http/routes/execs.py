@@ -6,17 +6,19 @@ from dataclasses import replace
 
 from aiohttp import web
 
+from execgate.gate.access import Access
 from execgate.http.bodies import CreateBody, StartBody, console_size, read_body
 from execgate.http.dialects import DEFAULT_DETACH_KEYS, Dialect, TtyOf
 from execgate.http.front import FrontProtocol, front_of
 from execgate.http.hijack import HijackedStream
+from execgate.http.identity import access_of
 from execgate.http.progress import Progress
 from execgate.http.query import flag
 from execgate.http.takeover import AlreadyAnswered, hijack
 from execgate.http.tree import Route
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect
 from execgate.model.errors import Conflict, InvalidArgument
-from execgate.sessions.manager import AlreadyStarted, SessionManager
+from execgate.sessions.manager import AlreadyStarted
 from execgate.wire.detach_keys import parse_detach_keys
 
 _NUMBER = re.compile(r"-?[0-9]+", re.ASCII)
@@ -24,10 +26,9 @@ _WINSIZE_MAX = 2**16 - 1
 
 
 class ExecRoutes:
-    """The exec API over a `SessionManager`, in the manner of one dialect."""
+    """The exec API, in the manner of one dialect."""
 
-    def __init__(self, manager: SessionManager, dialect: Dialect) -> None:
-        self._manager = manager
+    def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
 
     def routes(self) -> Sequence[Route]:
@@ -42,24 +43,25 @@ class ExecRoutes:
     async def create(self, request: web.Request) -> web.Response:
         """POST /containers/{name}/exec."""
         body = await read_body(request, CreateBody, typed=self._dialect.checks_content_type)
-        session = await self._manager.create(request.match_info["name"], exec_config(body, self._dialect, request))
+        config = exec_config(body, self._dialect, request)
+        session = await access_of(request).create(request.match_info["name"], config)
         return web.json_response({"Id": session.id}, status=201)
 
     async def start(self, request: web.Request) -> web.StreamResponse:
         """POST /exec/{id}/start: detached, or the connection becomes the session's stream."""
         body = await read_body(request, self._dialect.start_body, typed=self._dialect.checks_content_type)
-        session_id = request.match_info["id"]
+        access, session_id = access_of(request), request.match_info["id"]
         size = self._start_size(body, request)
         if body.detach:
-            await self._start_detached(front_of(request), session_id, size)
+            await self._start_detached(front_of(request), access, session_id, size)
             return self._detached()
-        raw = self._is_raw(body, session_id)
+        raw = self._is_raw(body, access, session_id)
 
         async def take_over() -> HijackedStream:
             return hijack(request, self._dialect, multiplexed=not raw)
 
         try:
-            await self._manager.start_attached(session_id, size, take_over)
+            await access.start_attached(session_id, size, take_over)
         except AlreadyStarted as error:
             if not self._dialect.tells_second_start_in_stream:
                 raise
@@ -68,7 +70,9 @@ class ExecRoutes:
             await stream.finish(error.message)
         return AlreadyAnswered()
 
-    async def _start_detached(self, front: FrontProtocol, session_id: str, size: ConsoleSize | None) -> None:
+    async def _start_detached(
+        self, front: FrontProtocol, access: Access, session_id: str, size: ConsoleSize | None
+    ) -> None:
         """Start, or go on with a start that an earlier service has begun."""
 
         def intended() -> None:
@@ -76,17 +80,17 @@ class ExecRoutes:
             front.patient = True  # there is an answer whenever it comes, here or in the next service
 
         if front.resumed is None:
-            await self._manager.start_detached(session_id, size, intended=intended)
+            await access.start_detached(session_id, size, intended=intended)
         else:
             front.patient = True
-            await self._manager.started(session_id)
+            await access.started(session_id)
 
     async def resize(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/resize?h=&w=."""
         size = ConsoleSize(height=_dimension(request, "h", "height"), width=_dimension(request, "w", "width"))
         late = self._dialect.resize_may_come_late
         try:
-            await self._manager.resize(request.match_info["id"], size)
+            await access_of(request).resize(request.match_info["id"], size)
         except Conflict:
             if not late or not flag(request, late):
                 raise
@@ -94,9 +98,10 @@ class ExecRoutes:
 
     async def inspect(self, request: web.Request) -> web.Response:
         """GET /exec/{id}/json."""
-        session = self._manager.inspect(request.match_info["id"])
+        access = access_of(request)
+        session = access.inspect(request.match_info["id"])
         return web.json_response(
-            self._dialect.answers.session(replace(session, transferred=self._manager.transferred(session)))
+            self._dialect.answers.session(replace(session, transferred=access.transferred(session)))
         )
 
     def _start_size(self, body: StartBody, request: web.Request) -> ConsoleSize | None:
@@ -104,11 +109,11 @@ class ExecRoutes:
             return None
         return body.size()
 
-    def _is_raw(self, body: StartBody, session_id: str) -> bool:
+    def _is_raw(self, body: StartBody, access: Access, session_id: str) -> bool:
         """Return whether the output is sent as it is, without frames."""
         if self._dialect.framed_by is TtyOf.START:
             return body.tty
-        return self._manager.inspect(session_id).config.tty
+        return access.to_start(session_id).config.tty
 
     def _detached(self) -> web.Response:
         text = self._dialect.detached_answer

@@ -4,18 +4,13 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from execgate.containers.catalog import Catalog
 from execgate.http.bodies import RemoveBody, read_body
+from execgate.http.identity import access_of
 from execgate.http.tree import Route
-from execgate.sessions.manager import SessionManager
 
 
 class LibpodRoutes:
     """The routes of the libpod tree alone."""
-
-    def __init__(self, catalog: Catalog, manager: SessionManager) -> None:
-        self._catalog = catalog
-        self._manager = manager
 
     def routes(self) -> Sequence[Route]:
         """See tree.RouteGroup."""
@@ -26,11 +21,11 @@ class LibpodRoutes:
 
     async def exists(self, request: web.Request) -> web.Response:
         """GET /libpod/containers/{name}/exists: 204 or 404."""
-        self._catalog.find(request.match_info["name"])
+        access_of(request).find(request.match_info["name"])
         return web.Response(status=204)
 
     async def remove(self, request: web.Request) -> web.Response:
         """POST /libpod/exec/{id}/remove."""
         body = await read_body(request, RemoveBody, typed=False)
-        await self._manager.remove(request.match_info["id"], force=body.force)
+        await access_of(request).remove(request.match_info["id"], force=body.force)
         return web.Response()

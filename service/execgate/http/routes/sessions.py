@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from execgate.gate.access import Access
 from execgate.http.answers.subjects import rfc3339
 from execgate.http.bodies import MAX_OUTPUT, RunBody, read_body
 from execgate.http.dialects import MULTIPLEXED_STREAM, RAW_STREAM, Dialect
@@ -21,6 +22,7 @@ from execgate.http.filters import parse_filters
 from execgate.http.front import front_of
 from execgate.http.hang_ups import hung_up
 from execgate.http.hijack import HijackedStream
+from execgate.http.identity import access_of
 from execgate.http.progress import Progress
 from execgate.http.query import flag
 from execgate.http.routes.execs import exec_config
@@ -31,8 +33,7 @@ from execgate.model.errors import Conflict, InvalidArgument
 from execgate.model.ids import SessionId
 from execgate.model.session import ExecSession, SessionState
 from execgate.sessions.backlog import Backlog, Chunk
-from execgate.sessions.manager import SessionManager
-from execgate.sessions.oneshot import Collector, RunResult, result, resume, run
+from execgate.sessions.oneshot import Collector, RunResult
 from execgate.wire import stdcopy
 
 OFFSET_HEADER = "Execgate-Offset"
@@ -52,10 +53,9 @@ _HANG_UP_POLL = 0.25
 
 
 class SessionRoutes:
-    """The verbs beyond Docker's over a `SessionManager`, in the manner of one dialect."""
+    """The verbs beyond Docker's, in the manner of one dialect."""
 
-    def __init__(self, manager: SessionManager, dialect: Dialect) -> None:
-        self._manager = manager
+    def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
 
     def routes(self) -> Sequence[Route]:
@@ -78,17 +78,20 @@ class SessionRoutes:
         """GET /exec/json?filters=: container, state, label."""
         filters = parse_filters(request.query.get("filters", ""), _FILTERS)
         containers: Sequence[str | None] = filters.get("container") or [None]
-        found = {one.id: one for ref in containers for one in self._selected(ref, filters)}
-        return self._sessions(sorted(found.values(), key=lambda one: one.created_at))
+        access = access_of(request)
+        found = {one.id: one for ref in containers for one in _selected(access, ref, filters)}
+        return self._sessions(access, sorted(found.values(), key=lambda one: one.created_at))
 
     async def list_container(self, request: web.Request) -> web.Response:
         """GET /containers/{name}/exec/json?filters=: state, label."""
         filters = parse_filters(request.query.get("filters", ""), _FILTERS - {"container"})
-        return self._sessions(self._selected(request.match_info["name"], filters))
+        access = access_of(request)
+        return self._sessions(access, _selected(access, request.match_info["name"], filters))
 
     async def kill(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/kill?signal=: KILL (the default) ends the whole tree, and is answered when it has."""
-        await self._manager.kill(request.match_info["id"], parse_signal(request.query.get("signal", "")))
+        signal_number = parse_signal(request.query.get("signal", ""))
+        await access_of(request).kill(request.match_info["id"], signal_number)
         return web.Response(status=204)
 
     async def stop(self, request: web.Request) -> web.Response:
@@ -100,7 +103,7 @@ class SessionRoutes:
         front.patient = True
         try:
             front.progress = lambda: Progress(session_id=session_id)
-            await self._manager.stop(session_id, float(text) if text else None)
+            await access_of(request).stop(session_id, float(text) if text else None)
         except Conflict:  # it was over when this service came
             if front.resumed is None:
                 raise
@@ -109,7 +112,7 @@ class SessionRoutes:
     async def wait(self, request: web.Request) -> web.Response:
         """POST /exec/{id}/wait: answered when the session is over."""
         front_of(request).patient = True
-        waiting = asyncio.ensure_future(self._manager.wait(request.match_info["id"]))
+        waiting = asyncio.ensure_future(access_of(request).wait(request.match_info["id"]))
         if not await _unless_gone(request, waiting):
             return web.Response()
         session = waiting.result()
@@ -120,7 +123,7 @@ class SessionRoutes:
 
     async def remove(self, request: web.Request) -> web.Response:
         """DELETE /exec/{id}?force=."""
-        await self._manager.remove(request.match_info["id"], force=flag(request, "force"))
+        await access_of(request).remove(request.match_info["id"], force=flag(request, "force"))
         return web.Response(status=204)
 
     async def stdin(self, request: web.Request) -> web.Response:
@@ -128,7 +131,7 @@ class SessionRoutes:
         data = await request.read()
         front_of(request).patient = True
         writing = asyncio.ensure_future(
-            self._manager.write_stdin(request.match_info["id"], data, eof=flag(request, "eof"))
+            access_of(request).write_stdin(request.match_info["id"], data, eof=flag(request, "eof"))
         )
         if await _unless_gone(request, writing):
             writing.result()
@@ -137,7 +140,7 @@ class SessionRoutes:
     async def run(self, request: web.Request) -> web.Response:
         """POST /containers/{name}/exec/run: one request, one answer. A client that goes takes the process with it."""
         body = await read_body(request, RunBody, typed=self._dialect.checks_content_type)
-        front = front_of(request)
+        front, access = front_of(request), access_of(request)
 
         def begun(session_id: SessionId, collector: Collector) -> None:
             front.progress = lambda: Progress(session_id=session_id, collector=collector)
@@ -145,15 +148,12 @@ class SessionRoutes:
 
         before = front.resumed
         if before is not None and before.collector is not None:
-            session_id = self._manager.inspect(before.session_id).id
-            begun(session_id, before.collector)
-            running = asyncio.ensure_future(resume(self._manager, session_id, before.collector))
+            begun(SessionId(before.session_id), before.collector)
+            running = asyncio.ensure_future(access.resume(before.session_id, before.collector))
         else:
             config, stdin = exec_config(body, self._dialect, request), _decoded(body)
             container, limit = request.match_info["name"], body.output_limit
-            running = asyncio.ensure_future(
-                run(self._manager, container, config, stdin=stdin, limit=limit, begun=begun)
-            )
+            running = asyncio.ensure_future(access.run(container, config, stdin=stdin, limit=limit, begun=begun))
         if not await _unless_gone(request, running):
             return web.Response()
         return web.json_response(_run_answer(running.result(), body.encoding))
@@ -162,19 +162,20 @@ class SessionRoutes:
         """GET /exec/{id}/result?limit=&encoding=: what `run` would have answered, of a session that is captured."""
         limit, encoding = _limit(request), _encoding(request)
         front_of(request).patient = True
-        waiting = asyncio.ensure_future(result(self._manager, request.match_info["id"], limit=limit))
+        waiting = asyncio.ensure_future(access_of(request).result(request.match_info["id"], limit=limit))
         if not await _unless_gone(request, waiting):
             return web.Response()
         return web.json_response(_run_answer(waiting.result(), encoding))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """GET /exec/{id}/logs?after=&follow=&stdout=&stderr=: the captured output."""
-        session = self._manager.inspect(request.match_info["id"])
+        access = access_of(request)
+        session = access.for_logs(request.match_info["id"])
         after, wanted = _after(request) or 0, _wanted(request)
         front = front_of(request)
         if (before := front.resumed) is not None and before.position is not None:
             after = before.position
-        backlog = await self._manager.output(session.id)
+        backlog = await access.output(session.id)
         if after > backlog.end:
             raise InvalidArgument(f"the output has {backlog.end} bytes; it cannot begin after {after}")
         raw = session.config.tty
@@ -188,18 +189,19 @@ class SessionRoutes:
             if await _unless_gone(request, sending):
                 sending.result()
                 if response.position < backlog.end:  # the rest was not kept, or removed: the latter is no end
-                    self._manager.inspect(session.id)
+                    access.for_logs(session.id)
         return response
 
     async def attach(self, request: web.Request) -> web.StreamResponse:
         """POST /exec/{id}/attach?after=&stdin=&stdout=&stderr=: replay, then live; the connection is the stream."""
-        session = self._manager.inspect(request.match_info["id"])
+        access = access_of(request)
+        session = access.to_attach(request.match_info["id"])
 
         async def take_over(offset: int) -> HijackedStream:
             headers = {OFFSET_HEADER: str(offset)}
             return hijack(request, self._dialect, multiplexed=not session.config.tty, headers=headers)
 
-        await self._manager.attach(
+        await access.attach(
             session.id,
             take_over,
             after=_after(request),
@@ -210,21 +212,22 @@ class SessionRoutes:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _selected(self, container: str | None, filters: dict[str, list[str]]) -> Sequence[ExecSession]:
-        states: list[SessionState] = []
-        for name in filters.get("state", []):
-            if name not in _STATES:
-                raise InvalidArgument(f"invalid filter 'state': {name[:64]!r} is none of {', '.join(_STATES)}")
-            states += _STATES[name]
-        labels = {}
-        for label in filters.get("label", []):
-            key, equals, value = label.partition("=")
-            labels[key] = value if equals else None
-        return self._manager.list(container, states=states, labels=labels)
-
-    def _sessions(self, sessions: Sequence[ExecSession]) -> web.Response:
-        shown = (replace(one, transferred=self._manager.transferred(one)) for one in sessions)
+    def _sessions(self, access: Access, sessions: Sequence[ExecSession]) -> web.Response:
+        shown = (replace(one, transferred=access.transferred(one)) for one in sessions)
         return web.json_response([self._dialect.answers.session(one) for one in shown])
+
+
+def _selected(access: Access, container: str | None, filters: dict[str, list[str]]) -> Sequence[ExecSession]:
+    states: list[SessionState] = []
+    for name in filters.get("state", []):
+        if name not in _STATES:
+            raise InvalidArgument(f"invalid filter 'state': {name[:64]!r} is none of {', '.join(_STATES)}")
+        states += _STATES[name]
+    labels = {}
+    for label in filters.get("label", []):
+        key, equals, value = label.partition("=")
+        labels[key] = value if equals else None
+    return access.list(container, states=states, labels=labels)
 
 
 def parse_signal(text: str) -> int:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from execgate import __version__
-from execgate.containers.catalog import Catalog
 from execgate.http.answers.subjects import Counts, Host
 from execgate.http.dialects import Dialect, dotted
+from execgate.http.identity import access_of
 from execgate.http.tree import Route
 from execgate.model.container import ContainerStatus
 
@@ -20,8 +20,7 @@ from execgate.model.container import ContainerStatus
 class SystemRoutes:
     """The system queries, in the manner of one dialect."""
 
-    def __init__(self, catalog: Catalog, dialect: Dialect) -> None:
-        self._catalog = catalog
+    def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
 
     def routes(self) -> Sequence[Route]:
@@ -42,9 +41,9 @@ class SystemRoutes:
         """GET /version."""
         return web.json_response(self._dialect.answers.version(self._host()))
 
-    async def info(self, _request: web.Request) -> web.Response:
+    async def info(self, request: web.Request) -> web.Response:
         """GET /info."""
-        states = Counter(container.status for container in await asyncio.to_thread(self._catalog.list))
+        states = Counter(container.status for container in await asyncio.to_thread(access_of(request).containers))
         counts = Counts(states.total(), states[ContainerStatus.RUNNING], states[ContainerStatus.PAUSED])
         return web.json_response(self._dialect.answers.info(self._host(), counts))
 

@@ -1,0 +1,1 @@
+"""Who may do what to which container: identity, policy, audit, recording."""
