@@ -18,7 +18,8 @@ from execgate import __version__, handover, orphan
 from execgate.config import Config
 from execgate.containers.top import top
 from execgate.engine import Engine, host_equivalence_of, look_around, open_engine
-from execgate.gate.access import Gate, NoJournal
+from execgate.gate.access import Gate
+from execgate.gate.audit import Audit, open_audit
 from execgate.gate.rules import Policy
 from execgate.gate.tokens import Tokens
 from execgate.http.hijack import OpenStreams
@@ -66,14 +67,16 @@ async def serve(config: Config, link: KeeperLink, policy: Policy, tls: ssl.SSLCo
             log.info("takes over from a service that had lost its keeper: %d descriptors", adopted)
         streams = OpenStreams()
         before = handover.take(link, streams) or handover.Handover()
+        # The service before this one, whoever it was, has ended: it writes no audit log any more.
+        audit = cleanup.enter_context(open_audit(config.audit(), version=__version__))
         engine = await cleanup.enter_async_context(
-            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event)
+            open_engine(config, link, before.sessions, told=before.events, next_event=before.next_event, witness=audit)
         )
         listeners = _listeners(config, link, cleanup)
         link.drop_rest()
         gate = Gate(
             policy=policy,
-            journal=NoJournal(),
+            journal=audit,
             catalog=engine.containers,
             sessions=engine.sessions,
             events=engine.events,
@@ -95,7 +98,7 @@ async def serve(config: Config, link: KeeperLink, policy: Policy, tls: ssl.SSLCo
         log.info("execgate %s serves on %s", __version__, ", ".join(map(str, listeners)))
         how = await ending
         if how is Ending.LEAVE:
-            await _leave(engine, server, streams, link)
+            await _leave(engine, server, streams, link, audit)
         await server.stop_accepting()
         engine.events.close()
         if engine.sessions.live:
@@ -119,7 +122,7 @@ def _come_first() -> None:
         log.debug("the service has the usual priority: %s", error)
 
 
-async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink) -> None:
+async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link: KeeperLink, audit: Audit) -> None:
     """End in favour of the next service, which gets everything as it stands: nothing is closed or undone."""
     log.info("hands over %d running processes", engine.sessions.live)
     engine.sessions.close_gate()
@@ -130,6 +133,7 @@ async def _leave(engine: Engine, server: HttpServer, streams: OpenStreams, link:
     connections = [handover.Connection(*found) for found in server.hand_over()]
     handover.give(link, streams, sessions, connections, engine.events)
     await link.flushed()
+    audit.close()
     logging.shutdown()
     os._exit(0)
 

@@ -19,6 +19,7 @@ from execgate.containers.catalog import LabelFilter
 from execgate.containers.engines.oci import default_roots
 from execgate.containers.engines.places import Places, find_places
 from execgate.containers.states import RuntimeRoot
+from execgate.gate.audit_log import AuditSettings
 from execgate.http.certificates import TlsSettings
 from execgate.http.listeners import Address, parse_address
 from execgate.model.container import EngineName
@@ -56,7 +57,7 @@ def default_file() -> Path:
 
 def default_policy_file() -> Path:
     """Return the policy that is read, if it is there, when nobody names another."""
-    return default_file().with_name("policy.toml")
+    return config_dir() / "policy.toml"
 
 
 def _split(value: object) -> object:
@@ -80,6 +81,7 @@ def _absolute(value: object) -> object:
 
 
 _Path = Annotated[Path, BeforeValidator(_absolute)]
+_PathOrNone = Annotated[Path | None, BeforeValidator(lambda value: _absolute(value) or None)]
 _List = Annotated[list[str], BeforeValidator(_split)]
 _Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 
@@ -132,6 +134,12 @@ class Config(BaseModel):
     policy: _Path | None = None
     allow_privileged: bool = False
     allow_host_equivalent: bool = False
+    audit_file: _PathOrNone = None
+    audit_stdout: bool = False
+    audit_max_bytes: Annotated[int, Field(ge=0, le=2**50)] = 100 * 2**20
+    audit_keep: Annotated[int, Field(ge=1, le=1000)] = 10
+    audit_strict: bool = False
+    audit_sync: bool = False
 
     @field_validator("listen")
     @classmethod
@@ -200,6 +208,18 @@ class Config(BaseModel):
         """Return the policy's file: the configured one, else the default one if it is there; None without a policy."""
         # A link that leads nowhere is a policy, too: one that cannot be read.
         return self.policy or (default_policy_file() if os.path.lexists(default_policy_file()) else None)
+
+    def audit(self) -> AuditSettings:
+        """Return what is said of the audit log."""
+        return AuditSettings(
+            anchor=self.state_dir / "audit",
+            path=self.audit_file,
+            stdout=self.audit_stdout,
+            max_bytes=self.audit_max_bytes,
+            keep=self.audit_keep,
+            strict=self.audit_strict,
+            sync=self.audit_sync,
+        )
 
     def conmon_path(self) -> Path | None:
         """Return conmon: the configured one, else the one on the PATH or where distributions put it."""

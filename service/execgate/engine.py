@@ -18,10 +18,12 @@ from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
+from execgate import __version__
 from execgate.config import Config
 from execgate.containers import proc
 from execgate.containers.catalog import Catalog
 from execgate.containers.host import host_catalog
+from execgate.gate.audit import open_audit
 from execgate.gate.equivalence import HostEquivalence
 from execgate.gate.policy import default_policy
 from execgate.gate.rules import Policy
@@ -38,6 +40,7 @@ from execgate.runtime.rootfs import read_in_container
 from execgate.runtime.tree import SessionCgroups
 from execgate.runtime.versions import BACKPORTS, runtime_version
 from execgate.sessions.events import EventBus
+from execgate.sessions.ledger import Witness
 from execgate.sessions.live import BOTH
 from execgate.sessions.local import LocalStream
 from execgate.sessions.manager import HandedSession, Limits, SessionManager
@@ -161,19 +164,23 @@ async def open_engine(
     *,
     told: Sequence[Event] = (),
     next_event: int = 0,
+    witness: Witness | None = None,
 ) -> AsyncIterator[Engine]:
     """Open the engine of a state directory, which is then locked, and take back the sessions that live in it.
 
     `store` keeps descriptors for the next engine; without one a process without a terminal loses its stdin in between.
     Who has one is a service that others wait for: it is open before it has looked around.
     `handed` is what an earlier one has said of its sessions in a graceful reload, `told` the events that it remembered,
-    `next_event` the number of the one that would have come next.
+    `next_event` the number of the one that would have come next. `witness` is told of every step of a session; without
+    one it is the audit log of the configuration.
     At the end running processes are left alive. Raises the category of whatever keeps it from opening: Conflict when
     another program has the state directory, Unavailable when the host lacks something.
     """
     async with contextlib.AsyncExitStack() as cleanup:
         _check_powers()
         _take_state_dir(config.state_dir, cleanup)
+        if witness is None:
+            witness = cleanup.enter_context(open_audit(config.audit(), version=__version__))
         cgroups = SessionCgroups.open()
         cleanup.callback(cgroups.close)
         runtime = _runtime(config, cgroups, store or NoFdStore())
@@ -195,6 +202,7 @@ async def open_engine(
             all_capabilities=capabilities.names(proc.own_capability_bounds()),
             limits=limits_of(config),
             captures=captures,
+            witness=witness,
         )
         cleanup.push_async_callback(manager.close)
         past = told or manager.ends()

@@ -6,8 +6,8 @@ import re
 import sys
 import time
 
-# C0 but newline and tab (tracebacks have them), DEL and C1.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 but newline and tab (tracebacks have them), DEL and C1; other ends of lines, and what turns the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class TextFormatter(logging.Formatter):
@@ -26,7 +26,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
-        return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", super().format(record))
+        return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), super().format(record))
 
 
 class JsonFormatter(logging.Formatter):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from execgate import config as config_module
 from execgate.config import Config, load
 from execgate.http.listeners import Address
 from execgate.model.errors import InvalidArgument
@@ -50,6 +51,9 @@ def test_the_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
         ("listen = ['unix://']", "expected"),
         ("listen = 5", "listen"),
         ("runtimes = ['runc']", "NAME=PATH"),
+        ("audit_max_bytes = -1", "audit_max_bytes"),
+        ("audit_keep = 0", "audit_keep"),
+        ("audit_strict = 'maybe'", "audit_strict"),
         ("state_dir = '/" + "x" * 200 + "'", "state_dir"),
     ],
 )
@@ -109,3 +113,49 @@ def test_paths_are_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_empty_variable_is_a_mistake_and_not_a_default() -> None:
     with pytest.raises(InvalidArgument, match="environment: log_level"):
         load({}, {"EXECGATE_LOG_LEVEL": ""})
+
+
+@pytest.fixture
+def etc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the files of an administrator are, and nothing is yet."""
+    monkeypatch.setattr(config_module, "config_dir", lambda: tmp_path)
+    return tmp_path
+
+
+def test_the_policy_is_the_one_that_is_named_else_the_default_one_if_it_is_there(etc: Path) -> None:
+    assert load({}, {}).policy_path() is None
+    (etc / "policy.toml").symlink_to("nowhere")  # it must be read, and that must fail
+    assert load({}, {}).policy_path() == etc / "policy.toml"
+    assert load({}, {"EXECGATE_POLICY": "/a"}).policy_path() == Path("/a")
+    assert load({"policy": "/b"}, {"EXECGATE_POLICY": "/a"}).policy_path() == Path("/b")
+
+
+def test_without_a_policy_power_is_given_by_a_word_and_only_by_one() -> None:
+    assert (Config().allow_privileged, Config().allow_host_equivalent) == (False, False)
+    assert load({}, {"EXECGATE_ALLOW_PRIVILEGED": "true"}).allow_privileged
+    with pytest.raises(InvalidArgument, match="environment: allow_host_equivalent"):
+        load({}, {"EXECGATE_ALLOW_HOST_EQUIVALENT": "perhaps"})
+
+
+@pytest.mark.parametrize("name", ["privileged", "host_equivalent"])
+def test_with_a_policy_its_rules_say_everything(etc: Path, name: str) -> None:
+    flags = write(etc, f"allow_{name} = true\n")
+    assert getattr(load(flags, {}), f"allow_{name}")
+    with pytest.raises(
+        InvalidArgument, match=rf"file {flags['config']}: allow_{name}: there is a policy, /p: write {name} ="
+    ):
+        load(flags, {"EXECGATE_POLICY": "/p"})
+    (etc / "policy.toml").touch()
+    with pytest.raises(InvalidArgument, match=rf"there is a policy, {etc}/policy\.toml"):
+        load(flags, {})
+    assert not getattr(load(flags, {f"EXECGATE_ALLOW_{name.upper()}": "false"}), f"allow_{name}")
+
+
+def test_an_audit_log_is_what_is_asked_for(tmp_path: Path) -> None:
+    assert not load({}, {}).audit().enabled
+    assert not load({}, {"EXECGATE_AUDIT_FILE": ""}).audit().enabled
+    assert load({}, {"EXECGATE_AUDIT_STDOUT": "true"}).audit().enabled
+    flags = write(tmp_path, 'audit_file = "/var/log/execgate/audit.log"\naudit_strict = true\n')
+    settings = load({**flags, "state_dir": "/run/x"}, {"EXECGATE_AUDIT_KEEP": "3"}).audit()
+    assert (settings.path, settings.anchor) == (Path("/var/log/execgate/audit.log"), Path("/run/x/audit"))
+    assert (settings.strict, settings.sync, settings.keep) == (True, False, 3)

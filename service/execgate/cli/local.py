@@ -1,4 +1,7 @@
-"""The commands that need no running service: `serve`, `containers`, `sessions`, `check-config`, `doctor`, `policy`."""
+"""The commands that need no running service.
+
+`serve`, `containers`, `sessions`, `check-config`, `doctor`, `policy`, `audit`.
+"""
 
 import argparse
 import asyncio
@@ -16,10 +19,11 @@ from functools import partial
 from typing import Any
 
 from execgate import logs
-from execgate.cli import doctor, policy
+from execgate.cli import audit, doctor, policy
 from execgate.cli.tables import ago, print_table, rfc3339, shown
 from execgate.config import Config, load
 from execgate.engine import DATABASE, catalog_of, default_policy_of
+from execgate.gate.audit_log import check as check_audit
 from execgate.gate.policy import policy_in_force
 from execgate.http.certificates import server_context
 from execgate.model.container import Container, EngineName
@@ -82,6 +86,7 @@ def add_commands(commands: Any) -> None:
         table.add_argument("--json", action="store_true", help="print JSON instead of a table")
     doctor.add_command(partial(_command, commands))
     policy.add_commands(commands, _command)
+    audit.add_command(commands)
     _command(commands, "check-config", _check_config, "check the configuration and print what it comes to")
 
 
@@ -135,6 +140,7 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     logs.set_up(config.log_level, config.log_format)
     if config.rootless == "auto":
         enter_podman(os.environ)
+    check_audit(config.audit())
     factory = _loop_factory(config.event_loop)
     in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
     tls = _tls(config, restarted=link.restarted)

@@ -17,6 +17,7 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,10 @@ def parse_policy(text: bytes, source: str, ids: Ids | None = None) -> Policy:
     rules: list[Rule] = []
     tables = _tables(text, source)
     lines = _Lines(text.decode(), len(tables))
+    look_up = cache(ids or _id_of)
     for index, table in enumerate(tables):
         try:
-            rules.append(RuleTable.model_validate(table, context=ids or _id_of).rule())
+            rules.append(RuleTable.model_validate(table, context=look_up).rule())
         except ValidationError as error:
             mistakes += [lines.place(index, table, one) for one in error.errors()]
     known = Counter(table["id"] for table in tables if isinstance(table.get("id"), str))

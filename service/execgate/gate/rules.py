@@ -82,8 +82,8 @@ class Argv:
 
     def match(self, args: Sequence[str]) -> bool:
         """Return whether a command line is this one."""
-        known = len(self.arguments)
-        if len(args) != known and (len(args) < known or not self.rest):
+        more = len(args) - len(self.arguments)
+        if more < 0 or (more and not self.rest):
             return False
         return all(map(Globs.match, self.arguments, args))
 
@@ -384,7 +384,11 @@ def _strange_names(rule: Rule, exec_: _Exec) -> Sequence[str]:
 
 
 def _argv_holds(rule: Rule, exec_: _Exec) -> bool:
-    return any(argv.match(exec_.config.args) for argv in rule.argv or ())
+    args = exec_.config.args
+    for argv in rule.argv or ():  # noqa: SIM110  (any() takes twice as long)
+        if argv.match(args):
+            return True
+    return False
 
 
 def _workdir_holds(rule: Rule, exec_: _Exec) -> bool:

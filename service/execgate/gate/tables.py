@@ -25,6 +25,7 @@ from execgate.gate.rules import ALL_VERBS, Argv, IdRange, Label, Rule, Who
 from execgate.model.access import Record, Verb
 from execgate.model.config import OnDisconnect
 from execgate.model.container import EngineName
+from execgate.model.durations import parse_duration
 from execgate.model.principal import certificate_name
 from execgate.oci.text import shown
 
@@ -108,16 +109,13 @@ def _id_range(item: object) -> IdRange:
 
 
 def _seconds(value: object) -> float:
-    """Return a time: a number of seconds, or a text like `90s`, `5m`, `1h30m`, `2d`."""
+    """Return a time: a number of seconds, or a text like `90s`, `5m`, `2h`."""
     if _is_number(value):
         seconds = min(value, 2 * _MAX_SECONDS)  # an integer of TOML can be too large for a float
+    elif isinstance(value, str):
+        seconds = parse_duration(value)
     else:
-        pattern = r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?"
-        found = re.fullmatch(pattern, value, re.ASCII) if isinstance(value, str) and value else None
-        if found is None:
-            raise ValueError("a time like 30s, 5m or 1h30m is expected, or a number of seconds")
-        days, hours, minutes, rest = (float(part or 0) for part in found.groups())
-        seconds = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+        raise ValueError("a number of seconds is expected, or a text like 30s, 5m, 2h")
     if not 0 < seconds <= _MAX_SECONDS:
         raise ValueError(f"more than 0 and at most {_MAX_SECONDS // 86400} days is expected")
     return float(seconds)

@@ -20,6 +20,7 @@ from execgate.model.errors import (
     Unauthenticated,
     Unavailable,
 )
+from execgate.oci.text import shown
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,11 @@ def status_of(error: ExecgateError) -> int:
 
 
 def error_json(dialect: Dialect, status: int, message: str) -> bytes:
-    """Return the body of an error in the words of an API. Lone surrogates from a decoded path are escaped."""
-    return json.dumps(dialect.error_body(status, *dialect.reworded(message))).encode()
+    """Return the body of an error in the words of an API.
+
+    Clients print it, and it quotes what it is about: nothing in it speaks to a terminal.
+    """
+    return json.dumps(dialect.error_body(status, *dialect.reworded(shown(message, len(message))))).encode()
 
 
 def json_error(dialect: Dialect, status: int, message: str) -> web.Response:

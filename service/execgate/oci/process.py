@@ -25,7 +25,9 @@ MAX_STRING = 131071
 MAX_TOTAL = 2 * 1024 * 1024
 """Bytes of all arguments and entries, pointers included: ARG_MAX under the usual 8 MiB stack, execve(2)."""
 
-_FD_DIRECTORY = re.compile(r"/proc/[^/]+(/task/[^/]+)?/fd(/.*)?")
+_PROCESS = r"/proc/[^/]+(?:/task/[^/]+)?"
+# /dev/fd is a link to /proc/self/fd in every container; root, of one of its own processes, leads to where it began.
+_FD_DIRECTORY = re.compile(rf"(?:{_PROCESS}/root)*(?:{_PROCESS}|/dev)/fd(?:/.*)?", re.DOTALL)
 
 
 def validate_config(config: ExecConfig) -> None:

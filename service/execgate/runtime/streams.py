@@ -207,6 +207,8 @@ class PipeOutput:
             try:
                 data = self._take(size, recorder)
             except BlockingIOError:
+                if self._left is not None:  # what was there at the cut is gone: see `OutputGone`
+                    return None
                 data = None
             if data is None:  # out here: an exception that is being handled keeps its frames as long as one waits
                 await self._waiter.wait()

@@ -38,6 +38,8 @@ _CAPABILITIES = "exec --cap, which execgate does not use, gives inheritable capa
 _HOLES = (
     _Hole("runc", "CVE-2022-29162", _CAPABILITIES, (_released(1, 1, 2),)),
     _Hole("runc", "CVE-2024-21626", "an exec can reach the host through a leaked descriptor", (_released(1, 1, 12),)),
+    # opencontainers/runc pull request 3999: until then the numbers of groups were names again in the container.
+    _Hole("runc", "runc#3999", "a group named like a gid of an exec takes that one's place", ((1, 3, 0, 1),)),
     _Hole(
         "runc",
         "CVE-2025-52881",

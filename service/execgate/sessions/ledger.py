@@ -33,11 +33,17 @@ class Witness(Protocol):
         not be raised. A service that dies right behind this tells of the same step again.
         """
 
+    async def flushed(self) -> None:
+        """Return once what was noted outlives the host, if that is wanted. Unavailable: nothing may be done now."""
+
 
 class NoWitness:
     """Nobody."""
 
     def step(self, session: ExecSession) -> None:
+        """See `Witness`."""
+
+    async def flushed(self) -> None:
         """See `Witness`."""
 
 
@@ -86,6 +92,10 @@ class Ledger:
         after = replace(session, state=SessionState.STARTING, started_at=now, since=since)
         self._witness.step(after)
         return self._store.move(session, after)
+
+    async def witnessed(self) -> None:
+        """Return once what was kept may be acted upon: see `Witness.flushed`. Unavailable."""
+        await self._witness.flushed()
 
     def running(self, session: ExecSession, process: ProcessIdentity, monitor: ProcessIdentity | None) -> ExecSession:
         """Keep who it is. Its time begins now."""

@@ -247,12 +247,12 @@ class LiveSession:
         rest, withheld = (feeder.rest, feeder.withheld) if feeder is not None else (b"", b"")
         return [Attachment(client=client, first=True, stdin=True, rest=rest, withheld=withheld)]
 
-    async def undo(self) -> None:
-        """The client left, or could not be taken over, before anything ran."""
+    async def undo(self, reason: str = "the client left before the start") -> None:
+        """End it before anything ran: the client left, or could not be taken over."""
         try:
             await self._execution().abort()
         finally:
-            self.fail(StartFailed("the client left before the start", 128))
+            self.fail(StartFailed(reason, 128))
 
     def fail(self, error: StartFailed) -> None:
         """End the session as one that never ran."""

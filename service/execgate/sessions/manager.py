@@ -30,7 +30,7 @@ from execgate.containers import proc
 from execgate.model.access import Grant
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus
-from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed
+from execgate.model.errors import Conflict, Exhausted, InvalidArgument, NotFound, StartFailed, Unavailable
 from execgate.model.events import Event
 from execgate.model.ids import ContainerId, SessionId, new_session_id, parse_session_id
 from execgate.model.principal import PROGRAM
@@ -41,7 +41,7 @@ from execgate.runtime.spawning import ExecRequest
 from execgate.sessions.backlog import Backlog, CaptureBacklog, MemoryBacklog, Remembered
 from execgate.sessions.events import EventBus
 from execgate.sessions.gate import StartGate
-from execgate.sessions.ledger import Ledger
+from execgate.sessions.ledger import Ledger, Witness
 from execgate.sessions.live import BOTH, Adopted, AttachedClient, Execution, Handed, LiveSession
 from execgate.sessions.store import SessionStore, StateChanged
 
@@ -178,12 +178,13 @@ class SessionManager:
         all_capabilities: Sequence[str],
         limits: Limits,
         captures: Path,
+        witness: Witness | None = None,
     ) -> None:
         """`captures` is the directory of captured output; it is made when it is needed."""
         self._containers = containers
         self._runtime = runtime
         self._store = store
-        self._ledger = Ledger(store, events)
+        self._ledger = Ledger(store, events, witness)
         self._read_accounts = read_accounts
         self._all_capabilities = all_capabilities
         self._limits = limits
@@ -607,7 +608,8 @@ class SessionManager:
         preserved: Sequence[int],
         intended: Callable[[], None] = lambda: None,
     ) -> LiveSession:
-        async with self._gate.turn() as turn, self._preparation(session_id) as settled:
+        whose = self.inspect(session_id).container.container_id
+        async with self._gate.turn(whose) as turn, self._preparation(session_id) as settled:
             session = self.inspect(session_id)
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
@@ -642,7 +644,19 @@ class SessionManager:
             assert begun is not None
             begun.execution = execution
             turn.until = begun.settled
+            await self._witnessed(begun)
             return begun
+
+    async def _witnessed(self, begun: LiveSession) -> None:
+        """Wait until a start may be acted upon, and undo it if it may not. Unavailable."""
+        try:
+            await self._ledger.witnessed()
+        except Unavailable as error:
+            await begun.undo(error.message)
+            raise
+        except BaseException:
+            await begun.undo()
+            raise
 
     @contextlib.asynccontextmanager
     async def _preparation(self, session_id: str) -> AsyncIterator[Callable[[], None]]:

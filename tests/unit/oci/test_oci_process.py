@@ -215,6 +215,12 @@ def test_privileged_keeps_the_rest() -> None:
         ({"args": ("a",), "working_dir": "/proc/self/fd/8"}, "leads through a file descriptor"),
         ({"args": ("a",), "working_dir": "//proc/./1/x/../fd/"}, "leads through a file descriptor"),
         ({"args": ("a",), "working_dir": "/proc/1/task/1/fd/7/.."}, "leads through a file descriptor"),
+        ({"args": ("a",), "working_dir": "/proc/self/fd/7/a\nb"}, "leads through a file descriptor"),
+        ({"args": ("a",), "working_dir": "/dev/fd/7"}, "leads through a file descriptor"),
+        (
+            {"args": ("a",), "working_dir": "/proc/1/root/proc/1/task/1/root/dev/fd/7"},
+            "leads through a file descriptor",
+        ),
     ],
 )
 def test_refused_at_create(config: dict[str, Any], message: str) -> None:

@@ -111,6 +111,15 @@ async def test_a_cut_ends_a_read_that_waits(pipe: Pipe) -> None:
     assert await asyncio.wait_for(reading, SOON) is None
 
 
+async def test_a_cut_does_not_wait_for_what_somebody_else_has_read(pipe: Pipe) -> None:
+    """Whoever may write to a pipe can open it and read it back; and here the writer stays."""
+    output = PipeOutput(pipe.read, 1)
+    os.write(pipe.write.fileno(), b"x" * 50_000)
+    output.cut()
+    assert len(os.read(pipe.read.fileno(), 20_000)) == 20_000
+    assert await everything(output) == b"x" * 30_000
+
+
 async def test_a_cut_after_the_close(pipe: Pipe) -> None:
     output = PipeOutput(pipe.read, 1)
     output.close()

@@ -2,7 +2,8 @@
 
 The versions are those of the advisories: runc GHSA-xr7r-f8xq-vfvv (CVE-2024-21626), GHSA-cgrx-mc8f-2prm
 (CVE-2025-52881), GHSA-f3fp-gc8g-vw66 (CVE-2022-29162), and crun's NEWS (CVE-2022-27650). crun's maintainers found
-that it is not affected by CVE-2025-52881 (containers/crun issue 1906).
+that it is not affected by CVE-2025-52881 (containers/crun issue 1906). runc#3999 has no advisory: the change came in
+1.3.0-rc.1, and `adversity/test_hostile_container.py` shows what it is about.
 """
 
 from pathlib import Path
@@ -11,23 +12,23 @@ import pytest
 
 from execgate.runtime.versions import parse_version, runtime_version
 
-CAPABILITIES, LEAK, PROCFS = "CVE-2022-29162", "CVE-2024-21626", "CVE-2025-52881"
+CAPABILITIES, LEAK, PROCFS, GROUPS = "CVE-2022-29162", "CVE-2024-21626", "CVE-2025-52881", "runc#3999"
 
 
 @pytest.mark.parametrize(
     ("version", "holes"),
     [
-        ("1.0.0-rc93", [CAPABILITIES, LEAK, PROCFS]),
-        ("1.0.0~rc93+ds1", [CAPABILITIES, LEAK, PROCFS]),
-        ("1.1.1", [CAPABILITIES, LEAK, PROCFS]),
-        ("1.1.5+ds1", [LEAK, PROCFS]),
-        ("1.1.11", [LEAK, PROCFS]),
-        ("1.1.12", [PROCFS]),
-        ("1.1.15", [PROCFS]),  # the line ended without a fix
-        ("1.2.0-rc.1", [PROCFS]),
-        ("1.2.7", [PROCFS]),
-        ("1.2.8", []),
-        ("1.2.9", []),
+        ("1.0.0-rc93", [CAPABILITIES, LEAK, GROUPS, PROCFS]),
+        ("1.0.0~rc93+ds1", [CAPABILITIES, LEAK, GROUPS, PROCFS]),
+        ("1.1.1", [CAPABILITIES, LEAK, GROUPS, PROCFS]),
+        ("1.1.5+ds1", [LEAK, GROUPS, PROCFS]),
+        ("1.1.11", [LEAK, GROUPS, PROCFS]),
+        ("1.1.12", [GROUPS, PROCFS]),
+        ("1.1.15", [GROUPS, PROCFS]),  # the line ended without a fix
+        ("1.2.0-rc.1", [GROUPS, PROCFS]),
+        ("1.2.7", [GROUPS, PROCFS]),
+        ("1.2.8", [GROUPS]),
+        ("1.2.9", [GROUPS]),
         ("1.3.2", [PROCFS]),
         ("1.3.3", []),
         ("1.3.3-rc.1", [PROCFS]),
@@ -101,7 +102,7 @@ def test_a_program_is_asked(tmp_path: Path) -> None:
     program = _program(tmp_path / "runc", 'test "$*" = --version && echo runc version 1.1.5+ds1')
     found = runtime_version(program)
     assert found.text == "runc 1.1.5+ds1"
-    assert len(found.warnings) == 2
+    assert len(found.warnings) == 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from execgate.model.errors import Exhausted
+from execgate.model.ids import ContainerId
 from execgate.sessions.gate import StartGate
 
 SOON = 5.0
@@ -18,14 +19,14 @@ class Starts:
         self.order: list[int] = []
         self.let_go: dict[int, asyncio.Event] = {}
 
-    async def start(self, number: int) -> None:
+    async def start(self, number: int, container: str = "") -> None:
         self.let_go[number] = asyncio.Event()
-        async with self.gate.turn():
+        async with self.gate.turn(ContainerId(container) if container else None):
             self.order.append(number)
             await self.let_go[number].wait()
 
-    def begin(self, *numbers: int) -> "list[asyncio.Task[None]]":
-        return [asyncio.create_task(self.start(number)) for number in numbers]
+    def begin(self, *numbers: int, container: str = "") -> "list[asyncio.Task[None]]":
+        return [asyncio.create_task(self.start(number, container)) for number in numbers]
 
 
 async def settle() -> None:
@@ -105,3 +106,54 @@ async def test_a_turn_can_last_longer_than_its_with(settled_first: bool) -> None
     await settle()
     async with gate.turn():
         pass
+
+
+async def test_a_container_has_a_part_of_the_turns() -> None:
+    """Those whose starts do not come to an end hold nobody else up, and have the rest in order."""
+    starts = Starts(StartGate(8, 10))
+    tasks = starts.begin(0, 1, 2, 3, container="hangs")
+    await settle()
+    tasks += starts.begin(10, 11, container="other")
+    await settle()
+    assert starts.order == [0, 1, 10, 11]
+    starts.let_go[1].set()
+    await settle()
+    assert starts.order[4:] == [2]
+    for event in starts.let_go.values():
+        event.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), SOON)
+    assert sorted(starts.order) == [0, 1, 2, 3, 10, 11]
+
+
+async def test_a_container_that_waits_for_its_part_is_refused_like_everybody() -> None:
+    starts = Starts(StartGate(8, 1))
+    tasks = starts.begin(0, 1, 2, container="hangs")
+    await settle()
+    with pytest.raises(Exhausted):
+        await starts.start(99, "hangs")
+    tasks += starts.begin(10, container="other")
+    await settle()
+    assert starts.order == [0, 1, 10]
+    for event in starts.let_go.values():
+        event.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), SOON)
+
+
+async def test_whoever_leaves_gives_a_container_its_part_back() -> None:
+    starts = Starts(StartGate(4, 10))
+    everybody = starts.begin(0, 1, 2, 3)
+    await settle()
+    inside = starts.begin(10, 11, 12, container="c")  # the first waits among all, the others in the container
+    await settle()
+    for task in inside:
+        task.cancel()
+    await asyncio.gather(*inside, return_exceptions=True)
+    for event in starts.let_go.values():
+        event.set()
+    await asyncio.wait_for(asyncio.gather(*everybody), SOON)
+    for number in (20, 21):
+        (task,) = starts.begin(number, container="c")
+        await settle()
+        starts.let_go[number].set()
+        await asyncio.wait_for(task, SOON)
+    assert starts.order == [0, 1, 2, 3, 20, 21]

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from execgate.runtime.spawning import ExecRequest
 from execgate.runtime.streams import ExecStreams
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.events import EventBus
+from execgate.sessions.ledger import Witness
 from execgate.sessions.manager import AlreadyStarted, Limits, SessionManager
 from execgate.sessions.store import SessionStore
 
@@ -224,7 +225,7 @@ async def world(tmp_path: Path) -> Any:
     world.store.close()
 
 
-def make_world(path: Path, **limits: Any) -> World:
+def make_world(path: Path, *, witness: Witness | None = None, **limits: Any) -> World:
     said: list[str] = []
     store = RecordingStore(path / "sessions.db", boot_id="boot")
     store.said = said
@@ -238,6 +239,7 @@ def make_world(path: Path, **limits: Any) -> World:
         all_capabilities=(),
         limits=Limits(**{"drain": 0.0, **limits}),
         captures=path / "captures",
+        witness=witness,
     )
     return World(said, store, containers, runtime, events, manager)
 
@@ -851,3 +853,109 @@ async def test_a_start_whose_monitor_comes_too_late_for_a_reload(world: World, m
     assert world.said == ["close"]
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
+
+
+# -- a witness
+
+
+class SaidWitness:
+    """Writes down what it is told, beside what happens, and refuses what the test says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.refuses = ""
+        self.flushing = asyncio.Event()
+        self.flushing.set()
+
+    def step(self, session: ExecSession) -> None:
+        self._refuse(session.state.value)
+        self.said.append(f"witnessed {session.state.value}")
+
+    async def flushed(self) -> None:
+        await self.flushing.wait()
+        self._refuse("flushed")
+        self.said.append("flushed")
+
+    def _refuse(self, word: str) -> None:
+        if self.refuses == word:
+            raise Unavailable("the audit log cannot be written")
+
+
+@pytest.fixture
+async def witnessed(tmp_path: Path) -> Any:
+    witness = SaidWitness()
+    world = make_world(tmp_path, witness=witness)
+    witness.said = world.said
+    yield world, witness
+    await world.manager.close()
+    world.store.close()
+
+
+async def test_a_witness_is_told_first(witnessed: tuple[World, SaidWitness]) -> None:
+    world, _ = witnessed
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await asyncio.wait_for(task, SOON)
+    world.runtime.executions[0].end(7)
+    await world.wait_for("dispose")
+    assert world.said == [
+        "witnessed created",
+        *("witnessed starting", "starting", "prepare", "flushed", "start"),
+        *("witnessed running", "running", "witnessed stopped", "stopped", "dispose"),
+    ]
+
+
+async def test_what_a_witness_refuses_has_not_begun(witnessed: tuple[World, SaidWitness]) -> None:
+    world, witness = witnessed
+    witness.refuses = "created"
+    with pytest.raises(Unavailable):
+        await world.create()
+    assert world.manager.list() == []
+    witness.refuses = "starting"
+    session = await world.create()
+    with pytest.raises(Unavailable):
+        await world.manager.start_detached(session.id)
+    assert world.said == ["witnessed created"]
+    assert world.state(session) is SessionState.CREATED
+    witness.refuses = ""
+    task = asyncio.create_task(world.manager.start_detached(session.id))
+    await world.wait_for("start")
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await asyncio.wait_for(task, SOON)
+    world.runtime.executions[0].end()
+
+
+@pytest.mark.parametrize("way", ["detached", "attached"])
+async def test_what_cannot_be_flushed_is_not_run(witnessed: tuple[World, SaidWitness], way: str) -> None:
+    world, witness = witnessed
+    witness.refuses = "flushed"
+    session = await world.create()
+    if way == "detached":
+        start: Awaitable[object] = world.manager.start_detached(session.id)
+    else:
+        start = world.manager.start_attached(session.id, None, world.take_over)
+    with pytest.raises(Unavailable):
+        await start
+    assert world.said[-3:] == ["abort", "witnessed stopped", "stopped"]
+    assert not {"head", "start"} & set(world.said)
+    ended = world.manager.inspect(session.id)
+    assert ended.exit == ExitStatus(128, ExitSource.START_FAILURE)
+    assert ended.error == "the audit log cannot be written"
+    assert world.manager.live == 0
+
+
+async def test_a_start_that_is_given_up_while_it_waits_for_the_disk(witnessed: tuple[World, SaidWitness]) -> None:
+    world, witness = witnessed
+    witness.flushing.clear()
+    session = await world.create()
+    task = asyncio.create_task(world.manager.start_attached(session.id, None, world.take_over))
+    await world.wait_for("prepare")
+    for _ in range(10):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert world.said[-3:] == ["abort", "witnessed stopped", "stopped"]
+    assert world.manager.inspect(session.id).error == "the client left before the start"
+    assert world.manager.live == 0
