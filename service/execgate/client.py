@@ -406,7 +406,8 @@ class Client:
         if self._path:
             connector = aiohttp.UnixConnector(self._path, force_close=True, limit=0)
         else:
-            connector = aiohttp.TCPConnector(force_close=True, limit=0, ssl=self._context or True)
+            # But for TLS, whose handshakes cost something, and whose connections a service ends before it restarts.
+            connector = aiohttp.TCPConnector(force_close=self._context is None, limit=0, ssl=self._context or True)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._credentials)
         return self

@@ -1,6 +1,7 @@
 """A client's way to a service through TLS, for streams: ordinary requests leave it to their HTTP library."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 
@@ -32,6 +33,8 @@ class Secured:
         """Deliver what was written, and end the connection; with `hang_up` as one that left, not as one that ended."""
         self._tunnel.polite = not hang_up
         self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
         await asyncio.wait([self._task])
 
     async def _run(self, pair: socket.socket) -> None:

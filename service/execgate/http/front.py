@@ -103,6 +103,7 @@ class FrontProtocol(asyncio.Protocol):
         self._request = bytearray()  # the last one that arrived, if it could be asked again, until it has its answer
         self._repeatable = False
         self._frozen = False
+        self._asked = False  # there was a request
         self._last = False  # the answer that is owed is the last
         self._patient = False
         self.peer = peer
@@ -198,18 +199,23 @@ class FrontProtocol(asyncio.Protocol):
     def freeze(self) -> None:
         """Read no further request, let no answer in pieces go on, and tell when all that was written is on the wire.
 
-        A connection that cannot be handed over ends, at once or behind the answer that is owed.
+        A connection that cannot be handed over has one more answer, if one is owed or it is `fresh`, or else it ends.
         """
         if self.cut_off is not None:
             self._last = True
-        else:
-            self._frozen = True
+            if not self.fresh:
+                self.dismiss()
+            return
+        self._frozen = True
         if self._ours:
             transport = cast("asyncio.Transport", self._transport)
             transport.pause_reading()
             transport.set_write_buffer_limits(high=0)
-            if self._last and not self._outstanding:
-                transport.close()
+
+    def dismiss(self) -> None:
+        """End a connection that cannot be handed over, in order, unless an answer is owed."""
+        if self.cut_off is not None and self._ours and not self._outstanding:
+            cast("asyncio.Transport", self._transport).close()
 
     async def proceed(self) -> None:
         """Return as long as an answer may be begun or gone on with; after `freeze`, never: the next service does it."""
@@ -225,6 +231,11 @@ class FrontProtocol(asyncio.Protocol):
     def busy(self) -> bool:
         """Whether an answer is owed that will come soon."""
         return self._ours and self._outstanding > 0 and not self._patient
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it was made just now, for a request that has not come, and cannot be handed over without it."""
+        return self._ours and self.cut_off is not None and not self._asked
 
     @property
     def owing(self) -> bool:
@@ -359,7 +370,7 @@ class FrontProtocol(asyncio.Protocol):
         if any(expectation.lower() != "100-continue" for expectation in head.headers("expect")):
             raise BadRequest(417, "the only expectation met here is 100-continue")
         self._outstanding += 1
-        self._arriving = True
+        self._asked = self._arriving = True
         self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
         repeatable = _REPEATABLE.get(head.method)
         self._repeatable = repeatable is not None and repeatable.fullmatch(unquote(head.path)) is not None

@@ -38,6 +38,11 @@ _SHUTDOWN_TIMEOUT = 2.0
 _DRAIN_TIMEOUT = 0.5
 """Seconds that clients get to read what they were answered, before a connection is handed over."""
 
+_GREETING_TIMEOUT = 0.25
+"""Seconds that a connection over TLS that has just begun has for its request, before it ends with this service."""
+
+_GREETING_POLL = 0.002
+
 _TURNS = 5
 """Turns of the event loop in which a connection that was accepted gets its protocol, and uvloop writes what it has."""
 
@@ -131,10 +136,21 @@ class HttpServer:
         await self.stop_accepting()
         for front in self._fronts:
             front.freeze()
+        if self._tls is not None:
+            await self._greeted(self._tls)
         await self._until_none(lambda front: front.busy, _SHUTDOWN_TIMEOUT)
         await self._until_none(lambda front: front.owing, _DRAIN_TIMEOUT)
         await self._until_none(lambda front: front.unsent, _DRAIN_TIMEOUT)
         await self.settle()
+
+    async def _greeted(self, tls: TlsServer) -> None:
+        """Let those who are just connecting over TLS ask what they want to: nobody else can answer it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GREETING_TIMEOUT):
+                while tls.greeting or any(front.fresh for front in self._fronts):  # noqa: ASYNC110
+                    await asyncio.sleep(_GREETING_POLL)
+        for front in tuple(self._fronts):
+            front.dismiss()
 
     async def settle(self) -> None:
         """Let what was accepted get its protocol, and what was answered just now get on the wire."""

@@ -66,15 +66,18 @@ class TlsServer:
         self._watch(listener)
 
     def stop_accepting(self) -> None:
-        """Close the listening sockets. Connections that are open stay; those in their handshake are cut."""
+        """Close the listening sockets. Connections that are open stay, those in their handshake among them."""
         for pause in self._pauses:
             pause.cancel()
         while self._listeners:
             listener = self._listeners.pop()
             asyncio.get_running_loop().remove_reader(listener.fileno())
             listener.close()
-        for task in self._unfinished:
-            task.cancel()
+
+    @property
+    def greeting(self) -> bool:
+        """Whether anybody is in the midst of a handshake, or about to be served."""
+        return any(self._tunnels[task].greeted for task in self._unfinished)
 
     async def drained(self, seconds: float) -> None:
         """Return once all that was said to clients has reached their hosts; not for ever."""
@@ -182,7 +185,6 @@ class TlsServer:
     async def _serve_through(self, tunnel: Tunnel, channel: Channel, peer: Principal | None) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._unfinished.pop(task, None)
         try:
             served, ours = socket.socketpair()
         except OSError as error:
@@ -195,6 +197,7 @@ class TlsServer:
             except BaseException:
                 served.close()
                 raise
+            self._unfinished.pop(task, None)
             await tunnel.relay(channel, ours)
 
 

@@ -120,6 +120,8 @@ class Tunnel:
         self._readable, self._writable = ReadWaiter(connection.fileno()), WriteWaiter(connection.fileno())
         self._turn = asyncio.Lock()  # whose turn it is to send
         self._pair: socket.socket | None = None
+        self.greeted = False
+        """Whether a handshake has begun, and has not failed."""
 
     @property
     def in_transit(self) -> bool:
@@ -155,6 +157,7 @@ class Tunnel:
 
     async def handshake(self, channel: Channel, received: bytes = b"") -> None:
         """Shake hands; `received` is what has come already. ssl.SSLError, after which the peer is told; OSError."""
+        self.greeted = True
         channel.feed(received)
         try:
             while not channel.handshake():
@@ -162,6 +165,9 @@ class Tunnel:
                 if not (data := await self.receive()):
                     raise ConnectionResetError("the connection ended within the handshake")
                 channel.feed(data)
+        except BaseException:
+            self.greeted = False
+            raise
         finally:
             await self._flush(channel)
 
