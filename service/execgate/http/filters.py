@@ -24,7 +24,7 @@ def parse_filters(text: str, known: Collection[str]) -> dict[str, list[str]]:
 
 
 def _values(name: str, values: object) -> list[str]:
-    if isinstance(values, dict):
+    if isinstance(values, dict) and all(isinstance(wanted, bool) for wanted in values.values()):
         values = [value for value, wanted in values.items() if wanted]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise InvalidArgument(f"invalid filter {name[:64]!r}: its values must be strings")

@@ -26,6 +26,7 @@ def test_both_forms(text: str, filters: dict[str, list[str]]) -> None:
 @pytest.mark.parametrize(
     "text",
     ["[]", "1", '"x"', "null", "{", "[" * 100_000, '{"name": "a"}', '{"name": 1}', '{"name": [1]}', '{"name": null}',
+     '{"name": {"a": 1}}', '{"name": {"a": true, "b": "true"}}',
      '{"unknown": ["a"]}', '{"NAME": ["a"]}', '{"' + "x" * 10_000 + '": ["a"]}', "9" * 5000],
 )  # fmt: skip
 def test_what_is_none(text: str) -> None:

@@ -899,51 +899,6 @@ async def witnessed(tmp_path: Path) -> Any:
     world = make_world(tmp_path, witness=witness)
     witness.said = world.said
     yield world, witness
-
-
-# -- recordings
-
-
-class FakeRecordings:
-    """Begins recordings, or refuses to; writes down what is asked of it."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.full = False
-
-    async def begin(self, session: ExecSession, size: ConsoleSize | None) -> Recording:
-        self.said.append(f"begin {session.record} {size}")
-        if self.full:
-            raise Unavailable("the session cannot be recorded, and must not run without")
-        return FakeRecording(self.said)
-
-    def resume(self, session: ExecSession, *, in_order: bool) -> Recording:
-        self.said.append(f"resume {in_order}")
-        return FakeRecording(self.said)
-
-    async def close(self) -> None:
-        self.said.append("close")
-
-
-class FakeRecording(Unrecorded):
-    def __init__(self, said: list[str]) -> None:
-        self._said = said
-
-    def finish(self, status: ExitStatus, remark: str = "") -> None:
-        self._said.append(f"finish {status.code} {remark}")
-
-    def leave(self) -> None:
-        self._said.append("leave")
-
-    def discard(self) -> None:
-        self._said.append("discard")
-
-
-@pytest.fixture
-async def recorded(tmp_path: Path) -> Any:
-    recordings = FakeRecordings()
-    world = make_world(tmp_path, recordings, Record.ALL)
-    yield world, recordings
     await world.manager.close()
     world.store.close()
 
@@ -1028,6 +983,53 @@ async def test_a_configuration_that_is_none(world: World, spec: Any, monkeypatch
     with pytest.raises(Internal, match="cannot be read"):
         await world.manager.start_detached(session.id)
     assert not world.runtime.executions
+
+
+# -- recordings
+
+
+class FakeRecordings:
+    """Begins recordings, or refuses to; writes down what is asked of it."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.full = False
+
+    async def begin(self, session: ExecSession, size: ConsoleSize | None) -> Recording:
+        self.said.append(f"begin {session.record} {size}")
+        if self.full:
+            raise Unavailable("the session cannot be recorded, and must not run without")
+        return FakeRecording(self.said)
+
+    def resume(self, session: ExecSession, *, in_order: bool) -> Recording:
+        self.said.append(f"resume {in_order}")
+        return FakeRecording(self.said)
+
+    async def close(self) -> None:
+        self.said.append("close")
+
+
+class FakeRecording(Unrecorded):
+    def __init__(self, said: list[str]) -> None:
+        self._said = said
+
+    def finish(self, status: ExitStatus, remark: str = "") -> None:
+        self._said.append(f"finish {status.code} {remark}")
+
+    def leave(self) -> None:
+        self._said.append("leave")
+
+    def discard(self) -> None:
+        self._said.append("discard")
+
+
+@pytest.fixture
+async def recorded(tmp_path: Path) -> Any:
+    recordings = FakeRecordings()
+    world = make_world(tmp_path, recordings, Record.ALL)
+    yield world, recordings
+    await world.manager.close()
+    world.store.close()
 
 
 async def test_what_cannot_be_recorded_is_not_started(recorded: tuple[World, FakeRecordings]) -> None:

@@ -1,6 +1,7 @@
 """What clients ask of a container around an exec: list, inspect, top."""
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from aiohttp import web
@@ -16,6 +17,8 @@ from execgate.model.container import Container, ContainerStatus
 from execgate.model.errors import InvalidArgument, NotFound
 
 _FILTERS = frozenset({"name", "id", "label", "status"})
+_LIMIT = re.compile(r"[+-]?[0-9]+", re.ASCII)
+_LIMIT_DIGITS = 10
 
 
 class ContainerRoutes:
@@ -106,7 +109,6 @@ def _status(value: str) -> ContainerStatus:
 
 def _limit(request: web.Request) -> int:
     text = request.query.get("limit") or "0"
-    try:
-        return max(0, int(text[:10]))
-    except ValueError:
-        raise InvalidArgument(f"invalid limit {text[:32]!r}") from None
+    if not _LIMIT.fullmatch(text):
+        raise InvalidArgument(f"invalid limit {text[:32]!r}")
+    return max(0, int(text[:_LIMIT_DIGITS]))  # there are not more containers than that
