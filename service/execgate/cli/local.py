@@ -144,9 +144,11 @@ def _serve(config: Config, _arguments: argparse.Namespace) -> int:
     factory = _loop_factory(config.event_loop)
     in_force = policy_in_force(config.policy_path(), config.state_dir, restarted=link.restarted)
     tls = _tls(config, restarted=link.restarted)
+    policy = in_force.policy or default_policy_of(config, os.geteuid())
     if link.wait_for_turn():
+        in_force.keep(config.state_dir)
         with asyncio.Runner(loop_factory=factory) as runner:
-            runner.run(app.serve(config, link, in_force or default_policy_of(config, os.geteuid()), tls))
+            runner.run(app.serve(config, link, policy, tls))
     return 0
 
 

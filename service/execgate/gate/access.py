@@ -43,30 +43,14 @@ class Journal(Protocol):
     def attached(self, principal: Principal, session: ExecSession, *, stdin: bool) -> None:
         """Somebody attaches to a running session."""
 
+    def used(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
+        """Somebody starts or resizes a session that is another's, reads its captured output, or writes to its stdin."""
+
     def signalled(self, principal: Principal, session: ExecSession, signal: str) -> None:
-        """Somebody sends a signal."""
+        """Somebody sends a signal, its number, or `stop`."""
 
     def removed(self, principal: Principal, session: ExecSession) -> None:
         """Somebody removes a session."""
-
-
-class NoJournal:
-    """Nobody keeps it."""
-
-    def decided(self, principal: Principal, container: Container, asked: Asked, outcome: Grant | Refusal) -> None:
-        """See `Journal`."""
-
-    def refused(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
-        """See `Journal`."""
-
-    def attached(self, principal: Principal, session: ExecSession, *, stdin: bool) -> None:
-        """See `Journal`."""
-
-    def signalled(self, principal: Principal, session: ExecSession, signal: str) -> None:
-        """See `Journal`."""
-
-    def removed(self, principal: Principal, session: ExecSession) -> None:
-        """See `Journal`."""
 
 
 class Gate:
@@ -172,7 +156,7 @@ class Access:
 
     async def resize(self, session_id: str, size: ConsoleSize) -> None:
         """See `SessionManager.resize`."""
-        await self._sessions.resize(self._may(session_id, Verb.EXEC).id, size)
+        await self._sessions.resize(self._used(session_id, Verb.EXEC).id, size)
 
     def inspect(self, session_id: str) -> ExecSession:
         """See `SessionManager.inspect`."""
@@ -227,11 +211,11 @@ class Access:
 
     async def write_stdin(self, session_id: str, data: bytes, *, eof: bool = False) -> None:
         """See `SessionManager.write_stdin`."""
-        await self._sessions.write_stdin(self._may(session_id, Verb.ATTACH).id, data, eof=eof)
+        await self._sessions.write_stdin(self._used(session_id, Verb.ATTACH).id, data, eof=eof)
 
     async def output(self, session_id: str) -> Backlog:
         """See `SessionManager.output`."""
-        return await self._sessions.output(self._may(session_id, Verb.LOGS).id)
+        return await self._sessions.output(self._used(session_id, Verb.LOGS).id)
 
     async def kill(self, session_id: str, signal: int) -> None:
         """See `SessionManager.kill`."""
@@ -276,7 +260,7 @@ class Access:
 
     async def result(self, session_id: str, *, limit: int) -> oneshot.RunResult:
         """See `oneshot.result`."""
-        return await oneshot.result(self._sessions, self._may(session_id, Verb.LOGS).id, limit=limit)
+        return await oneshot.result(self._sessions, self._used(session_id, Verb.LOGS).id, limit=limit)
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -314,9 +298,16 @@ class Access:
         self._gate.journal.refused(self.principal, session, verb)
         raise Forbidden(f"you may see exec {session.id}, and not {verb} it", hint=f"{self.principal.id}")
 
+    def _used(self, session_id: str, verb: Verb) -> ExecSession:
+        """Return a session if the principal may do this to it, and have it journalled if it is another's."""
+        session = self._may(session_id, verb)
+        if session.owner != self.principal.id:
+            self._gate.journal.used(self.principal, session, verb)
+        return session
+
     def _decided_again(self, session_id: str) -> SessionId:
         """Return a session's id if it may be started: it is decided on as it was stored, by the rules of today."""
-        session = self._may(session_id, Verb.EXEC)
+        session = self._used(session_id, Verb.EXEC)
         container = self._gate.catalog.get(session.container.container_id)
         own = session.owner == self.principal.id  # of another's, its owner's rule has said what may run
         if own and session.state is SessionState.CREATED and container is not None and container.init is not None:

@@ -98,6 +98,10 @@ class Audit:
         """See `Journal`: Unavailable."""
         self._asked_of("attach", principal, session, {"stdin": stdin})
 
+    def used(self, principal: Principal, session: ExecSession, verb: Verb) -> None:
+        """See `Journal`: Unavailable."""
+        self._asked_of("use", principal, session, {"verb": verb})
+
     def signalled(self, principal: Principal, session: ExecSession, signal: str) -> None:
         """See `Journal`: a number, or `stop`. Unavailable."""
         if signal == "stop":

@@ -3,8 +3,8 @@
 The theory. A file that cannot be read or understood is refused as a whole, with all that is wrong in it at once, and
 no service starts with it. A reload fails: the worker that runs goes on with what it has. But a worker that has crashed
 must be replaced, whatever somebody has meanwhile done to the file. So the text of the policy in force is kept in the
-state directory, and such a worker takes that, and says so. It never takes the rule of a service without a policy
-instead: that a file is gone permits nothing.
+state directory, and such a worker takes that, and says so where the file is another one by now. It never takes the rule
+of a service without a policy instead: that a file is gone permits nothing.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,26 +62,55 @@ def default_policy(owner_uid: int, *, allow_privileged: bool, allow_host_equival
     return Policy((rule,))
 
 
-def policy_in_force(path: Path | None, state_dir: Path, *, restarted: bool) -> Policy | None:
-    """Return the policy that a service goes by, None for that of a service without one; keep it for the next worker.
+@dataclass(frozen=True, slots=True)
+class PolicyInForce:
+    """What a service goes by: `policy`, None for that of a service without one; `text` is what it was read from."""
 
-    `path` is None when there is no file. `restarted`: this is a worker in the place of one that has crashed, and it
-    goes by what that one had if the file is gone or broken. InvalidArgument when there is nothing to go by.
+    policy: Policy | None
+    text: bytes
+
+    def keep(self, state_dir: Path) -> None:
+        """Keep it for a worker that takes the place of this one; to be called when its time has come, not before."""
+        _keep(state_dir / COPY, self.text)
+
+
+def policy_in_force(path: Path | None, state_dir: Path, *, restarted: bool) -> PolicyInForce:
+    """Return the policy that a worker goes by. InvalidArgument when there is none that it could go by.
+
+    `path` is None when there is no file. `restarted`: this worker takes the place of one that crashes, and goes by what
+    that one had, whatever has become of the file: a change comes into force when somebody says so, and not by accident.
     """
-    copy = state_dir / COPY
+    if restarted and (kept := _kept(state_dir / COPY)) is not None:
+        if difference := _difference(path, kept.text):
+            log.error("the policy that was in force stays so: %s", difference)
+        return kept
+    text = _read(path) if path is not None else b""
+    return PolicyInForce(parse_policy(text, str(path)) if path is not None else None, text)
+
+
+def _kept(copy: Path) -> PolicyInForce | None:
+    """Return what an earlier worker went by; None when that is not known, or not to be trusted."""
     try:
-        text = _read(path) if path is not None else b""
-        policy = parse_policy(text, str(path)) if path is not None else None
-        if policy is None and restarted and copy.exists() and _read(copy):
-            raise InvalidArgument("the file of the policy is gone")
+        text = _read(copy) if copy.exists() else None
+        if text is None:
+            return None
+        return PolicyInForce(parse_policy(text, str(copy), _id_or_nobody) if text else None, text)
     except InvalidArgument as error:
-        if not restarted or not copy.exists():
-            raise
-        log.error("the policy that was in force stays so: %s", error)
-        kept = _read(copy)
-        return parse_policy(kept, str(copy), _id_or_nobody) if kept else None
-    _keep(copy, text)
-    return policy
+        log.error("the policy that was in force is lost: %s", error)
+        return None
+
+
+def _difference(path: Path | None, kept: bytes) -> str:
+    """Return what a reload would say, or do, to a policy that was read before; nothing when it is the same."""
+    try:
+        now = _read(path) if path is not None else b""
+    except InvalidArgument as error:
+        return str(error)
+    if now == kept:
+        return ""
+    return (
+        f"{path} was changed, and not reloaded" if path is not None else "its file is gone, and that was not reloaded"
+    )
 
 
 def parse_policy(text: bytes, source: str, ids: Ids | None = None) -> Policy:

@@ -148,6 +148,8 @@ def test_what_is_asked_of_a_session(path: Path, audit: Audit) -> None:
     of = {"session": session.id, "container_id": "web", "container_name": "web"}
     journal.attached(USER, session, stdin=True)
     assert last(path) == {"event": "attach", **who, **of, "stdin": True}
+    journal.used(USER, session, Verb.LOGS)
+    assert last(path) == {"event": "use", **who, **of, "verb": "logs"}
     journal.signalled(USER, session, "9")
     assert last(path) == {"event": "signal", **who, **of, "signal": "SIGKILL"}
     journal.signalled(USER, session, "37")

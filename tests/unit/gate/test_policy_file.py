@@ -10,7 +10,7 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +234,7 @@ def test_mistakes_of_a_key(line: str, said: str) -> None:
         ('["user:nobody-has-this-name"]', "this host has no user 'nobody-has-this-name'"),
         ('["user:a\\u0000b"]', "this host has no user"),
         ('["group:nobody-has-this-name"]', "this host has no group 'nobody-has-this-name'"),
-        ('["cert:[a"]', "'[a': a `[` without its `]`"),
+        ('["cert:[a"]', "'dns:[a': a `[` without its `]`"),
         ("5", "a list of texts is expected"),
     ],
 )
@@ -527,8 +527,10 @@ def state_dir(tmp_path: Path) -> Path:
 
 
 def in_force(path: Path | None, state_dir: Path, *, restarted: bool = False) -> str | None:
-    policy = policy_in_force(path, state_dir, restarted=restarted)
-    return policy.rules[0].id if policy else None
+    """Return the first rule of the policy that a worker goes by whose time comes; None for one without a policy."""
+    found = policy_in_force(path, state_dir, restarted=restarted)
+    found.keep(state_dir)
+    return found.policy.rules[0].id if found.policy else None
 
 
 def test_a_start_keeps_what_it_reads(file: Path, state_dir: Path) -> None:
@@ -551,51 +553,74 @@ def test_a_start_or_a_reload_with_a_broken_file_fails(file: Path, state_dir: Pat
     assert (state_dir / COPY).read_text() == GOOD  # of the one that goes on
 
 
-def test_after_a_crash_a_broken_file_is_replaced_by_the_last_good_one(
+def test_what_is_only_read_is_not_in_force(file: Path, state_dir: Path) -> None:
+    """The worker of a reload may fail for another reason yet, and then the old one goes on."""
+    in_force(file, state_dir)
+    file.write_text(OTHER)
+    policy_in_force(file, state_dir, restarted=False)
+    assert in_force(file, state_dir, restarted=True) == "r"
+
+
+def test_after_a_crash_the_policy_is_the_one_that_was_in_force(
     file: Path, state_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Whatever has become of its file: a change of it is not in force before somebody reloads it."""
     in_force(file, state_dir)
-    for break_it in (lambda: file.write_text("[[rule"), lambda: file.chmod(0o666), file.unlink):
-        break_it()
+    assert in_force(file, state_dir, restarted=True) == "r"
+    assert not caplog.records
+    changes: list[Callable[[], object]] = [
+        lambda: file.write_text(OTHER),
+        lambda: file.write_text("[[rule"),
+        lambda: file.chmod(0o666),
+        file.unlink,
+    ]
+    for change in changes:
+        change()
         for _ in range(2):  # each time
             caplog.clear()
             assert in_force(file, state_dir, restarted=True) == "r"
             (record,) = caplog.records
             assert record.levelno == logging.ERROR
-            assert record.getMessage().startswith(f"the policy that was in force stays so: {file}: ")
-    file.write_text(OTHER)
-    caplog.clear()
-    assert in_force(file, state_dir, restarted=True) == "other"
-    assert not caplog.records
+            assert record.getMessage().startswith(f"the policy that was in force stays so: {file}")
 
 
-def test_after_a_crash_a_policy_that_is_gone_is_not_no_policy(file: Path, state_dir: Path) -> None:
+def test_after_a_crash_a_policy_that_is_gone_is_not_no_policy(
+    file: Path, state_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     in_force(file, state_dir)
     assert in_force(None, state_dir, restarted=True) == "r"
+    assert "its file is gone" in caplog.text
     assert in_force(None, state_dir) is None  # but who starts the service, or reloads it, can mean that
     assert in_force(None, state_dir, restarted=True) is None
 
 
-def test_after_a_crash_without_a_policy_a_broken_one_is_none(file: Path, state_dir: Path) -> None:
+def test_after_a_crash_without_a_policy_there_is_none_either(file: Path, state_dir: Path) -> None:
     """Somebody was writing the first one."""
     assert in_force(None, state_dir) is None
-    file.write_text("[[rule")
-    assert in_force(file, state_dir, restarted=True) is None
+    for text in (GOOD, "[[rule"):
+        file.write_text(text)
+        assert in_force(file, state_dir, restarted=True) is None
     with pytest.raises(InvalidArgument):
         in_force(file, state_dir)
 
 
-def test_after_a_crash_without_a_copy_a_broken_file_is_an_error(file: Path, state_dir: Path) -> None:
+def test_after_a_crash_without_a_copy_it_is_that_of_a_start(file: Path, state_dir: Path) -> None:
+    assert in_force(file, state_dir, restarted=True) == "r"
+    (state_dir / COPY).unlink()
     file.write_text("[[rule")
     with pytest.raises(InvalidArgument, match=str(file)):
         in_force(file, state_dir, restarted=True)
 
 
-def test_a_copy_that_others_could_write_is_none(file: Path, state_dir: Path) -> None:
+def test_a_copy_that_others_could_write_is_none(file: Path, state_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     in_force(file, state_dir)
     (state_dir / COPY).chmod(0o666)
+    file.write_text(OTHER)
+    assert in_force(file, state_dir, restarted=True) == "other"
+    assert "lets others write it" in caplog.text
+    (state_dir / COPY).chmod(0o666)
     file.unlink()
-    with pytest.raises(InvalidArgument, match="lets others write it"):
+    with pytest.raises(InvalidArgument, match=str(file)):
         in_force(file, state_dir, restarted=True)
 
 
@@ -604,13 +629,13 @@ def test_after_a_crash_a_user_who_is_gone_is_nobody(
 ) -> None:
     """A name that was good when it was read must not keep the next worker from coming."""
     file.write_text(f'[[rule]]\nid = "r"\nwho = ["user:{SOMEBODY.pw_name}", "uid:7"]\n')
-    policy_in_force(file, state_dir, restarted=False)
+    in_force(file, state_dir)
 
     def gone(_name: str) -> pwd.struct_passwd:
         raise KeyError("gone")
 
     monkeypatch.setattr(pwd, "getpwnam", gone)
-    policy = policy_in_force(file, state_dir, restarted=True)
+    policy = policy_in_force(file, state_dir, restarted=True).policy
     assert policy is not None
     assert policy.rules[0].who.uids == {7}
     assert f"the policy speaks of nobody: this host has no user '{SOMEBODY.pw_name}'" in caplog.text
