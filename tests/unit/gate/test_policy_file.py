@@ -83,7 +83,7 @@ record_failure = "closed"
                 text=", ".join(who),
                 uids=frozenset({1, 7}),
                 gids=frozenset({1, 8}),
-                certificates=globs("*.example.org"),
+                certificates=globs("dns:*.example.org"),
                 tokens=globs("ci-*"),
             ),
             engines=frozenset({EngineName.DOCKER, EngineName.CRIO}),
