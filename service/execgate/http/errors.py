@@ -36,6 +36,9 @@ _STATUS: dict[type[ExecgateError], int] = {
     Unavailable: 503,
 }
 
+_TOLD = (401, 403)
+"""What an operator is asked about, and has the hint for."""
+
 _CHALLENGE = 'Bearer realm="execgate"'  # RFC 6750, 3
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -70,7 +73,7 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
         return await handler(request)
     except ExecgateError as error:
         status = status_of(error)
-        level = logging.ERROR if status >= 500 else logging.DEBUG
+        level = logging.ERROR if status >= 500 else logging.INFO if status in _TOLD else logging.DEBUG
         log.log(level, "%s %s: %d %s%s", request.method, request.path, status, error, _hint(error))
         response = json_error(dialect, status, error.message)
         if isinstance(error, Exhausted):
