@@ -12,7 +12,7 @@ _TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 _NAMED = sorted(
     {
         named
-        for page in ("libpod", "reliability")
+        for page in ("libpod", "reliability", "security")
         for named in _TEST.findall((ROOT / f"docs/{page}.md").read_text(encoding="utf-8"))
     }
 )
