@@ -18,7 +18,7 @@ import pytest
 from execgate.gate.cast import What
 from execgate.gate.recording import RESTARTED
 from support.access import EVERYTHING, rule, write_policy
-from support.api import RawApi
+from support.api import OUTPUT, RawApi
 from support.faults import fifo
 from support.recordings import Recorded, recording_service
 from support.runtimes import TestContainer
@@ -175,6 +175,40 @@ def test_a_run_a_failed_start_and_a_client_that_leaves(
         go()
         assert api.ended(stream.id) == 0
     assert recordings.of(stream.id).stdout == b"begun\nalone\n"
+    service.assert_clean_log()
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_those_who_come_later(
+    new_service: NewService, runc_container: TestContainer, directory: Path, *, tty: bool
+) -> None:
+    """A recorded session can be captured, watched and read again like any other; the offsets are the same."""
+    service, recordings = recording_service(new_service, directory)
+    api = RawApi(service.socket)
+    fields: dict[str, Any] = {
+        "Tty": tty,
+        "AttachStdin": True,
+        "CaptureStdout": True,
+        "CaptureStderr": True,
+        "OnDisconnect": "keep",
+    }
+    session = api.create(runc_container.id, "sh", "-c", "echo begun; cat; exit 2", **fields, **OUTPUT)
+    with api.attach(session, Detach=False, Tty=tty) as first:
+        first.output_until(b"begun")
+        with api.reattach(session, after=0, tty=tty) as watcher:
+            assert b"begun" in watcher.output_until(b"begun")
+            watcher.send(b"typed\n")
+            first.output_until(b"typed")
+            watcher.send(b"\x04" if tty else b"")
+            watcher.half_close()
+            later = watcher.output()
+            first.output()
+    assert api.inspect(session)["ExitCode"] == 2
+    found = recordings.of(session)
+    with api.reattach(session, after=0, tty=tty) as again:
+        assert again.output()[0] == found.stdout
+    assert found.stdout.endswith(later[0])
+    assert api.inspect(session)["StdoutBytes"] == len(found.stdout)
     service.assert_clean_log()
 
 

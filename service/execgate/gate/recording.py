@@ -55,6 +55,14 @@ _EVENT_COST = 128
 """Bytes that an event takes beside its data, or nearly so: a million single bytes must not be a million events."""
 
 _PATIENCE = 30.0
+"""Seconds that the disk has for one piece."""
+
+_BEGIN_PATIENCE = 5.0
+"""The same for a new file, which somebody waits for."""
+
+_LEAVE_PATIENCE = 5.0
+"""The same for all that is left to be written when the service goes, on which the next one waits."""
+
 _LOCK_PATIENCE = 2.0
 _LOCK_POLL = 0.02
 _THREADS = 2
@@ -106,12 +114,13 @@ class FileRecordings:
         return recording
 
     async def close(self) -> None:
-        """See `Recordings`."""
-        while self._open:
-            recordings = list(self._open)
-            for recording in recordings:
-                recording.leave()
-            await asyncio.gather(*[recording.closed() for recording in recordings])
+        """See `Recordings`. What a stuck disk has not taken soon is missing, and the next service says so."""
+        recordings = list(self._open)
+        for recording in recordings:
+            recording.leave()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE_PATIENCE):
+                await asyncio.gather(*[recording.closed() for recording in recordings])
 
     def _recording(self, session: ExecSession, about: About) -> "FileRecording":
         file = RecordingFile(self._shelf, file_name(session), about, self._session_bytes)
@@ -121,11 +130,11 @@ class FileRecordings:
         self._open.add(recording)
         return recording
 
-    async def _call(self, work: Callable[[], None]) -> None:
+    async def _call(self, work: Callable[[], None], patience: float) -> None:
         """Do in a thread what may block. OSError, TimeoutError among them; Full."""
         done = asyncio.get_running_loop().run_in_executor(self._threads, work)
         done.add_done_callback(_retrieved)
-        await asyncio.wait_for(asyncio.shield(done), _PATIENCE)
+        await asyncio.wait_for(asyncio.shield(done), patience)
 
 
 class FileRecording:
@@ -139,7 +148,7 @@ class FileRecording:
         file: "RecordingFile",
         *,
         takes_input: bool,
-        call: Callable[[Callable[[], None]], Awaitable[None]],
+        call: Callable[[Callable[[], None], float], Awaitable[None]],
         over: Callable[["FileRecording"], None],
     ) -> None:
         self._file = file
@@ -164,7 +173,7 @@ class FileRecording:
     async def begin(self) -> None:
         """Make the file, with its head. OSError, Full; then, and when it is cancelled, nothing is left of it."""
         try:
-            await self._call(self._file.begin)
+            await self._call(self._file.begin, _BEGIN_PATIENCE)
         except BaseException:
             self.discard()
             raise
@@ -270,8 +279,8 @@ class FileRecording:
         last = None if self._events else self._last
         try:
             if before is not None:
-                await self._call(before)
-            await self._call(partial(self._file.append, events, last or Kind.PIECE))
+                await self._call(before, _PATIENCE)
+            await self._call(partial(self._file.append, events, last or Kind.PIECE), _PATIENCE)
         except (OSError, Full) as error:
             self._lose(_told(error))
             return
@@ -569,7 +578,7 @@ def _remove_unless_locked(path: Path) -> bool:
 
 def _told(error: Exception) -> str:
     if isinstance(error, TimeoutError) and error.errno is None:
-        return f"the disk has not taken it within {_PATIENCE:g} seconds"
+        return "the disk does not take it in time"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 

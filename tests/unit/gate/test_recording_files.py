@@ -239,7 +239,7 @@ async def test_a_disk_that_is_stuck(shelves: Shelves, disk: Disk, monkeypatch: p
     while recording.output:
         recording.wrote(1, b"x" * PIECE)
         await recording.room()
-    assert lost == ["its recording ends: the disk has not taken it within 0.2 seconds"]
+    assert lost == ["its recording ends: the disk does not take it in time"]
     async with asyncio.timeout(SOON):
         await recording.closed()
     again: list[str] = []
@@ -256,6 +256,27 @@ async def test_a_disk_that_is_stuck(shelves: Shelves, disk: Disk, monkeypatch: p
                     break
                 except BlockingIOError:
                     await asyncio.sleep(0.01)
+
+
+async def test_a_disk_that_is_stuck_keeps_no_start_and_no_reload(
+    shelves: Shelves, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start is refused, or goes on without; what could not be written at a reload is told by the next service."""
+    monkeypatch.setattr(recording_module, "_BEGIN_PATIENCE", 0.1)
+    monkeypatch.setattr(recording_module, "_LEAVE_PATIENCE", 0.1)
+    session = session_of()
+    recording = await shelves.begin(session)
+    disk.slow = True
+    with pytest.raises(Unavailable):
+        await shelves.now.begin(session_of(record_or_end=True), None)
+    assert not (await shelves.now.begin(session_of(), None)).output
+    recording.wrote(1, b"missing")
+    await asyncio.wait_for(shelves.now.close(), SOON)
+    shelves.crash()  # which is what becomes of a thread that is stuck
+    disk.slow = False
+    await finished(await shelves.resume(session, in_order=True))
+    assert shelves.read(session).notes == [RESTARTED, "exit code 3 (sync-pipe)"]
+    disk.go.set()
 
 
 # -- killed, left, gone on with
