@@ -26,7 +26,7 @@ _PLAIN_HEAD = re.compile(
     % {b"token": _TOKEN.pattern, b"value": _FIELD_VALUE.pattern}
 )
 _DIGITS = re.compile(r"[0-9]+")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]+)([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]+)(;[\t\x20-\x7e\x80-\xff]*)?")
 # They decide where a message ends and who gets it, and that is past deciding (RFC 9110 6.5.1).
 _NO_TRAILERS = frozenset({"content-length", "transfer-encoding", "host"})
 
@@ -81,7 +81,7 @@ def parse_plain_head(data: bytearray, start: int, end: int, max_line: int) -> Pl
     by line", which also has the words for what is wrong with it.
     """
     match = _PLAIN_HEAD.match(data, start, end)
-    if match is None or match.start(4) - start > max_line:
+    if match is None or match.start(4) - start > max_line or match[1] == b"CONNECT":
         return None
     lines = data[match.start(4) : match.end(4)].decode("latin-1").split("\r\n")[:-1]
     fields = [(name.lower(), value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
@@ -89,9 +89,12 @@ def parse_plain_head(data: bytearray, start: int, end: int, max_line: int) -> Pl
 
 
 def _check_target(method: bytes, target: bytes) -> None:
-    """Accept origin-form (3.2.1), absolute-form of http (3.2.2) and `OPTIONS *` (3.2.4)."""
+    """Accept origin-form (3.2.1), absolute-form of http (3.2.2) and `OPTIONS *` (3.2.4), and none for CONNECT.
+
+    That takes only an authority (3.2.3). With another form, parsers disagree about what follows the head.
+    """
     known_form = target.startswith(b"/") or _ABSOLUTE.fullmatch(target) or (method, target) == (b"OPTIONS", b"*")
-    if not known_form or not _TARGET.fullmatch(target):
+    if not known_form or method == b"CONNECT" or not _TARGET.fullmatch(target):
         raise BadRequest(400, "malformed request target")
 
 
@@ -154,7 +157,11 @@ def _content_length(values: Sequence[str]) -> int:
 
 
 def parse_chunk_size(line: bytes) -> ChunkSize:
-    """Return size and extension length of `1*HEXDIG [;extensions]` (7.1). Raises BadRequest 400 or 413."""
+    """Return size and extension length of `1*HEXDIG [;extensions]` (7.1). Raises BadRequest 400 or 413.
+
+    White space before the semicolon (BWS, which a recipient has to accept by 7.1.1) is refused: most parsers do, since
+    others have read such sizes in another way.
+    """
     match = _CHUNK_SIZE.fullmatch(line)
     if match is None:
         raise BadRequest(400, "malformed chunk size")

@@ -25,6 +25,7 @@ def stdcopy_frames(data: bytes) -> None:
     for chunks in cuttings(data):
         assert _demultiplexed(chunks) == whole
     pieces, at_boundary, failed = whole
+    assert failed is not _begins_with_headers(data)
     assert sum(len(payload) for _, payload in pieces) <= len(data)
     again = b"".join(stdcopy.frame_header(stream, len(payload)) + payload for stream, payload in pieces)
     assert _demultiplexed([again]) == (pieces, True, False)
@@ -50,6 +51,15 @@ def _demultiplexed(chunks: Sequence[bytes]) -> tuple[list[tuple[int, bytes]], bo
             else:
                 joined.append((stream, payload))
     return joined, reader.at_boundary, False
+
+
+def _begins_with_headers(data: bytes) -> bool:
+    """Return whether where a header must be, there is one."""
+    while len(data) >= stdcopy.HEADER_SIZE:
+        if data[0] > 3 or data[1:4] != bytes(3):
+            return False
+        data = data[stdcopy.HEADER_SIZE + int.from_bytes(data[4:8]) :]
+    return True
 
 
 def _check_segment(data: bytes, pieces: list[tuple[int, bytes]] | None) -> None:

@@ -530,6 +530,8 @@ HOST = b"Host: h\r\n"
         (CHUNKED + b"0\r\n folded\r\n\r\n", 400),
         (CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n", 400),
         (CHUNKED + b"0\r\nGET / HTTP/1.1\r\n\r\n", 400),
+        (CHUNKED + b"5 ;a\r\nhello\r\n0\r\n\r\n", 400),
+        (b"CONNECT / HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\nhi", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
         (b"\x16\x03\x01\x00\x05hello\r\n", 400),
     ],
