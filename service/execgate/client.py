@@ -42,16 +42,19 @@ from yarl import URL
 
 from execgate.http.certificates import TlsFiles, client_context, reason
 from execgate.http.dial import Secured, dial
+from execgate.http.listeners import LOOPBACK
 from execgate.model.config import ConsoleSize, ExecConfig, OnDisconnect
 from execgate.model.errors import (
     Conflict,
     ExecgateError,
     Exhausted,
+    Forbidden,
     Internal,
     InvalidArgument,
     NotFound,
     StartFailed,
     TooLarge,
+    Unauthenticated,
     Unavailable,
 )
 from execgate.model.ids import ContainerId, SessionId
@@ -79,6 +82,8 @@ _READ_SIZE = 256 * 1024
 _MAX_ERROR = 1024 * 1024
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750
 _CATEGORIES: Mapping[int, type[ExecgateError]] = {
+    401: Unauthenticated,
+    403: Forbidden,
     404: NotFound,
     409: Conflict,
     413: TooLarge,
@@ -390,8 +395,8 @@ class Client:
             raise InvalidArgument(f"{host!r}: expected unix:///PATH, tls://HOST:PORT or tcp://HOST:PORT")
         if token and not _TOKEN.fullmatch(token):
             raise InvalidArgument("the token is none: it has letters, digits and -._~+/, and = at its end")
-        if token and parts.scheme == "tcp":
-            raise InvalidArgument("a token is not sent without TLS", hint="tls://HOST:PORT")
+        if token and parts.scheme == "tcp" and parts.hostname not in LOOPBACK:
+            raise InvalidArgument("a token is not sent over a network without TLS", hint="tls://HOST:PORT")
         self._context: ssl.SSLContext | None = client_context(tls or TlsFiles()) if parts.scheme == "tls" else None
         self._token = token
         self._authority = parts.netloc or "execgate"

@@ -21,8 +21,10 @@ from execgate import (
     Output,
     SessionState,
     StartFailed,
+    Unauthenticated,
     Unavailable,
 )
+from support.access import allow
 from support.runtimes import TestContainer
 from support.service import Service
 from support.tty import tell_size, tell_size_in_shell
@@ -381,12 +383,17 @@ async def test_mistakes(client: Client, container: TestContainer) -> None:
         await client.logs((await client.run(container.id, ["true"])).id)
 
 
-async def test_over_tcp(new_service: Callable[..., Service], runc_container: TestContainer) -> None:
+async def test_over_tcp(new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    service = new_service(flags=[f"--listen=tcp://127.0.0.1:{port}"])
+    directory = host_dir / "client-tcp"
+    token = allow(directory, "t", ["token:t"])["Authorization"].removeprefix("Bearer ")
+    service = new_service(directory, flags=[f"--listen=tcp://127.0.0.1:{port}"])
     try:
-        async with Client(f"tcp://127.0.0.1:{port}") as client:
+        async with Client(f"tcp://127.0.0.1:{port}") as nobody:
+            with pytest.raises(Unauthenticated, match="bearer token is needed"):
+                await nobody.run(runc_container.id, ["true"])
+        async with Client(f"tcp://127.0.0.1:{port}", token=token) as client:
             assert (await client.run(runc_container.id, ["echo", "hi"])).stdout == b"hi\n"
             session_id = await client.create(runc_container.id, ["cat"], attach_stdin=True)
             async with await client.start(session_id) as stream:

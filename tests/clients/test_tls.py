@@ -230,9 +230,9 @@ def test_a_token(new_tls: Callable[..., TlsService], container: TestContainer, t
     done = execgate(tls, "exec", trusted, container.id, "echo", "out")
     assert done.returncode == 125
     assert b"token" in done.stderr
-    argv = [str(execgate_program()), "exec", "-H", "tcp://127.0.0.1:1", f"--token-file={file}", "c", "true"]
+    argv = [str(execgate_program()), "exec", "-H", "tcp://192.0.2.1:1", f"--token-file={file}", "c", "true"]
     done = subprocess.run(argv, capture_output=True, timeout=60, check=False)
-    assert b"not sent without TLS" in done.stderr
+    assert b"not sent over a network without TLS" in done.stderr
     file.write_text("two words")
     assert b"the token is none" in execgate(tls, "exec", trusted, f"--token-file={file}", "c", "true").stderr
 

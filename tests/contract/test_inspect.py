@@ -26,6 +26,8 @@ BEYOND_DOCKER = {
     "CaptureStdout": False,
     "CaptureStderr": False,
     "OnDisconnect": "",
+    "Owner": "unix:0",
+    "Rule": "owner",
     "Error": "",
     "StdinBytes": 0,
     "StdoutBytes": 0,

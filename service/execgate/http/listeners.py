@@ -14,6 +14,8 @@ from execgate.model.errors import Conflict, InvalidArgument, Unavailable
 
 BACKLOG = 1024
 _SUN_PATH_MAX = 107
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""The hosts that plain TCP, and so a token without TLS, is for."""
 _PROBE_TIMEOUT = 1.0
 
 
@@ -56,7 +58,7 @@ def parse_address(text: str) -> Address:
     host, colon, port = rest.rpartition(":")
     if scheme in ("tcp", "tls") and host and colon and port.isascii() and port.isdigit() and int(port) < 65536:
         host = host.removeprefix("[").removesuffix("]")
-        if scheme == "tcp" and host not in ("127.0.0.1", "::1", "localhost"):
+        if scheme == "tcp" and host not in LOOPBACK:
             raise ValueError(
                 f"{text}: only loopback addresses; whoever reaches this port can run commands as root. "
                 "Others are for tls://"
