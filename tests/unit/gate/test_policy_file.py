@@ -83,7 +83,7 @@ record_failure = "closed"
                 text=", ".join(who),
                 uids=frozenset({1, 7}),
                 gids=frozenset({1, 8}),
-                certificates=globs("*.example.org"),
+                certificates=globs("dns:*.example.org"),
                 tokens=globs("ci-*"),
             ),
             engines=frozenset({EngineName.DOCKER, EngineName.CRIO}),
@@ -234,7 +234,7 @@ def test_mistakes_of_a_key(line: str, said: str) -> None:
         ('["user:nobody-has-this-name"]', "this host has no user 'nobody-has-this-name'"),
         ('["user:a\\u0000b"]', "this host has no user"),
         ('["group:nobody-has-this-name"]', "this host has no group 'nobody-has-this-name'"),
-        ('["cert:[a"]', "'[a': a `[` without its `]`"),
+        ('["cert:[a"]', "'dns:[a': a `[` without its `]`"),
         ("5", "a list of texts is expected"),
     ],
 )
