@@ -28,10 +28,11 @@ class TlsFiles:
     key: Path | None = None
 
     @classmethod
-    def in_directory(cls, directory: Path) -> "TlsFiles":
+    def in_directory(cls, directory: Path | str) -> "TlsFiles":
         """Return those that are in a directory under the names that Docker's clients know."""
         ca, certificate, key = (
-            path if path.exists() else None for path in (directory / f"{name}.pem" for name in ("ca", "cert", "key"))
+            path if path.exists() else None
+            for path in (Path(directory, f"{name}.pem") for name in ("ca", "cert", "key"))
         )
         return cls(ca=ca, certificate=certificate, key=key)
 

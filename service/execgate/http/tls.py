@@ -170,7 +170,8 @@ class TlsServer:
             await tunnel.handshake(channel, received)
         except ssl.SSLError as error:
             # Who tries certificates is worth a line, who sends garbage is not.
-            level = logging.INFO if "CERT" in (error.reason or "") else logging.DEBUG
+            about_certificates = any(word in (error.reason or "") for word in ("CERTIFICATE", "UNKNOWN_CA"))
+            level = logging.INFO if about_certificates else logging.DEBUG
             log.log(level, "%s: no TLS connection: %s", who, reason(error))
             return None
         try:

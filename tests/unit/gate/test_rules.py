@@ -16,7 +16,7 @@ from execgate.gate.rules import ALL_VERBS, Argv, Label, Policy, Refusal, Rule, W
 from execgate.model.access import Asked, Grant, Record, Target, Verb
 from execgate.model.config import ExecConfig, OnDisconnect, ResolvedUser
 from execgate.model.container import EngineName
-from execgate.model.principal import PROGRAM, Method, Principal
+from execgate.model.principal import PROGRAM, Method, Principal, certificate_name
 
 POLICY = """
 [[rule]]
@@ -101,7 +101,8 @@ def unix(uid: int, *gids: int) -> Principal:
 
 
 def cert(*names: str) -> Principal:
-    return Principal(method=Method.CERTIFICATE, name=names[0], names=frozenset(names))
+    typed = [certificate_name(name) for name in names]
+    return Principal(method=Method.CERTIFICATE, name=typed[0], names=frozenset(typed))
 
 
 def token(name: str) -> Principal:
@@ -450,7 +451,7 @@ def test_an_explanation_has_every_rule_and_everything_in_its_way() -> None:
     theirs = explained["ci-privileged"]
     assert not theirs.applies
     assert [failure.condition for failure in theirs.failures] == ["who", "images", "host_equivalent", "tty"]
-    assert theirs.failures[0].reason == "cert:bea@b.example.org is not among token:ci-main"
+    assert theirs.failures[0].reason == "cert:email:bea@b.example.org is not among token:ci-main"
     assert explained["agent"].failures[1].reason == "a-host does not match sandbox-*"
     assert explained["admins"].failures[0].condition == "who"
 
