@@ -1,11 +1,10 @@
 """Two users, two rule sets, ten containers: to each of them what is the other's does not exist.
 
-Everything is tried by every way in: as users of the host at the unix socket, and by token over TCP.
+By every way in: as users of the host at the unix socket, by token over TCP, by certificate over TLS.
 """
 
 import json
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -24,14 +23,16 @@ from support.programs import find_program
 from support.raw import Answer
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
+from support.tls import Authority, TlsTarget
+from support.tls_service import free_port
 
 RED, BLUE = User(4001, 4001), User(4002, 4002, groups=(4444,))
 NOBODY = User(4999, 4999)
 COUNT = 5
 
 POLICY = (
-    rule("red", ["uid:4001", "token:red"], labels=["team=red"], users=["0", "1000-1999"]),
-    rule("blue", ["gid:4444", "token:blue"], labels=["team=blue"], users=["0", "1000-1999"]),
+    rule("red", ["uid:4001", "token:red", "cert:red@example.org"], labels=["team=red"], users=["0", "1000-1999"]),
+    rule("blue", ["gid:4444", "token:blue", "cert:blue.example.org"], labels=["team=blue"], users=["0", "1000-1999"]),
     rule("audit", ["token:auditor"], labels=["team=red"], verbs=["inspect", "top"], others=["inspect", "logs"]),
     rule("root", ["token:root"], **EVERYTHING),
 )
@@ -58,12 +59,6 @@ class Scene:
     nobody: RawApi
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def prefix() -> str:
     return f"{secrets.token_hex(4)}-"
@@ -80,25 +75,42 @@ def teams(runc: RuntimeHost, prefix: str) -> Iterator[dict[str, list[TestContain
         container.delete()
 
 
-@pytest.fixture(scope="module", params=["unix", "tcp"])
+@pytest.fixture(scope="module")
+def authority(host_dir: Path) -> Authority:
+    return Authority.make(host_dir / "access-ca")
+
+
+@pytest.fixture(scope="module", params=["unix", "tcp", "tls"])
 def scene(
     request: pytest.FixtureRequest,
     host_dir: Path,
     hosts: list[RuntimeHost],
     event_loop_name: str,
     teams: dict[str, list[TestContainer]],
+    authority: Authority,
 ) -> Iterator[Scene]:
     directory = host_dir / f"access-{request.param}"
     write_policy(directory, *POLICY)
     tokens = {name: bearer(directory, name) for name in ("red", "blue", "auditor", "root", "nobody")}
-    port = free_port()
-    flags = [f"--listen=unix://{directory}/execgate.sock", f"--listen=tcp://127.0.0.1:{port}", "--socket-mode=0666"]
+    port, tls_port = free_port(), free_port()
+    server = authority.server(f"server-{request.param}", "127.0.0.1")
+    env = {
+        "EXECGATE_TLS_CERTIFICATE": str(server.certificate),
+        "EXECGATE_TLS_KEY": str(server.key),
+        "EXECGATE_TLS_CLIENT_CA": str(authority.ca),
+    }
+    addresses = [f"unix://{directory}/execgate.sock", f"tcp://127.0.0.1:{port}", f"tls://127.0.0.1:{tls_port}"]
+    flags = [*(f"--listen={address}" for address in addresses), "--socket-mode=0666"]
     host_dir.chmod(0o711)  # the users have to get there
     directory.chmod(0o711)
-    service = Service.start(directory, hosts, flags=flags, event_loop=event_loop_name)
+    service = Service.start(directory, hosts, flags=flags, env=env, event_loop=event_loop_name)
     by_token = {name: RawApi(("127.0.0.1", port), headers=header) for name, header in tokens.items()}
     if request.param == "unix":
         apis: list[RawApi] = [UserApi(service.socket, user) for user in (RED, BLUE, NOBODY)]
+    elif request.param == "tls":
+        names = ("red@example.org", "blue.example.org", "DNS:red.example.org")
+        clients = [authority.client(f"client-{number}", name) for number, name in enumerate(names)]
+        apis = [RawApi(TlsTarget(tls_port, authority.ca, client)) for client in clients]
     else:
         apis = [by_token[name] for name in ("red", "blue", "nobody")]
     red, blue, nobody = apis
@@ -371,7 +383,7 @@ def test_the_rule_is_on_record(scene: Scene, party: Party) -> None:
     try:
         record = party.api.inspect(session)
         assert record["Rule"] == ("red" if party is scene.red else "blue")
-        assert record["Owner"].startswith(("unix:", "token:"))
+        assert record["Owner"].startswith(("unix:", "token:", "cert:"))
     finally:
         party.api.call("DELETE", f"/exec/{session}")
 
