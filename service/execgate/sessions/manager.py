@@ -49,7 +49,7 @@ from execgate.sessions.store import SessionStore, StateChanged
 log = logging.getLogger(__name__)
 
 _KILL_TIMEOUT = 10.0
-"""Seconds that a kill waits for the end: a process in the kernel's hands can take longer."""
+"""Seconds that a kill waits for the end: a process in the kernel's hands can take longer, and so can slow readers."""
 
 _START_GRACE = 1.0
 """Seconds that starts under way get when the service stops."""
@@ -455,7 +455,13 @@ class SessionManager:
             live = self._live.get(session.id)
             if live is not None and live.started:
                 await live.signal(signals.SIGKILL)
-            await self._ledger.end_of(session)
+            try:
+                await asyncio.wait_for(self._ledger.end_of(session), _KILL_TIMEOUT)
+            except TimeoutError:
+                raise Conflict(
+                    f"cannot remove exec session {session.id}: it is killed, and its end waits for a client to read",
+                    hint="a client that is attached takes its last output very slowly, or not at all",
+                ) from None
         self._forget(lambda _: True, [session.id])
 
     async def remove_all(self, container_ref: str, *, force: bool = False) -> Sequence[SessionId]:

@@ -792,6 +792,20 @@ async def test_a_running_session_is_removed_by_force_only(world: World) -> None:
         world.manager.inspect(session.id)
 
 
+async def test_a_removal_by_force_does_not_wait_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a client does not read the last of the output, a session is not over, however dead its process is."""
+    monkeypatch.setattr("execgate.sessions.manager._KILL_TIMEOUT", 0.05)
+    session = await start_mortal(world)
+    execution = world.runtime.executions[0]
+    monkeypatch.setattr(execution, "end", lambda _code: None)
+    with pytest.raises(Conflict, match="waits for a client to read"):
+        await asyncio.wait_for(world.manager.remove(session.id, force=True), SOON)
+    assert world.manager.inspect(session.id).running
+    execution.ended.set_result(ExitStatus(137, ExitSource.SYNC_PIPE))
+    assert (await asyncio.wait_for(world.manager.wait(session.id), SOON)).exit is not None
+    await world.manager.remove(session.id)
+
+
 async def test_whoever_waits_for_one_that_is_removed_unstarted(world: World) -> None:
     session = await world.create()
     waiting = asyncio.create_task(world.manager.wait(session.id))
