@@ -98,7 +98,7 @@ class Cast:
     """Makes asciicast v2."""
 
     def __init__(self, since: float, rest: tuple[bytes, bytes] = (b"", b"")) -> None:
-        self._since = since
+        self._clock = _Clock(since)
         self._decoders = {what: codecs.getincrementaldecoder("utf-8")("replace") for what in (What.STDOUT, What.STDIN)}
         for decoder, begun in zip(self._decoders.values(), rest, strict=True):
             decoder.decode(begun)
@@ -123,7 +123,7 @@ class Cast:
         return b"".join(line for event in events for line in self._lines(event))
 
     def _lines(self, event: Event) -> Iterator[bytes]:
-        time = _time(event, self._since)
+        time = self._clock.time_of(event)
         if event.what is What.SIZE:
             yield _line([time, "r", event.data.decode()])
         elif event.what is What.NOTE:
@@ -146,7 +146,7 @@ class Lines:
     """Makes JSON lines."""
 
     def __init__(self, since: float) -> None:
-        self._since = since
+        self._clock = _Clock(since)
 
     def head(self, about: About) -> bytes:
         """See `Encoder`."""
@@ -157,7 +157,7 @@ class Lines:
         return b"".join(line for event in events for line in self._lines(event))
 
     def _lines(self, event: Event) -> Iterator[bytes]:
-        time = _time(event, self._since)
+        time = self._clock.time_of(event)
         if event.what in (What.NOTE, What.SIZE):
             yield _line({"time": time, event.what.value: event.data.decode(errors="replace"), **event.more})
             return
@@ -209,8 +209,20 @@ def _about(about: About) -> dict[str, Any]:
     }
 
 
-def _time(event: Event, since: float) -> float:
-    return round(max(0.0, event.time - since), 6)
+class _Clock:
+    """Tells when events happened, in seconds since the beginning.
+
+    None before another that is told already: what a thread notes while a file is opened is told first, and may have
+    happened last.
+    """
+
+    def __init__(self, since: float) -> None:
+        self._since = since
+        self._last = 0.0
+
+    def time_of(self, event: Event) -> float:
+        self._last = max(self._last, round(event.time - self._since, 6))
+        return self._last
 
 
 def _line(value: object) -> bytes:

@@ -132,6 +132,16 @@ def test_text_is_text_in_lines(texts: list[bytes], data: st.DataObject) -> None:
         assert "".join(line["data"] for line in lines) == piece.decode()
 
 
+@pytest.mark.parametrize("tty", [True, False])
+def test_no_event_is_told_as_earlier_than_one_before_it(*, tty: bool) -> None:
+    """A note is told first that was made last, while a file was opened; and nothing is before the beginning."""
+    made = encoder(tty=tty, since=100.0)
+    times = (99.0, 103.0, 101.0, 104.5, 104.25)
+    lines = made.encode([Event(time, What.STDOUT, b"x") for time in times]).splitlines()
+    told = [one[0] if tty else one["time"] for one in map(json.loads, lines)]
+    assert told == [0.0, 3.0, 3.0, 4.5, 4.5]
+
+
 def test_lines() -> None:
     events = [
         Event(100.5, What.STDERR, b"a\xff"),
