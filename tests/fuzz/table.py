@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fuzz.target import Target
-from fuzz.targets import files, http, records, streams, users
+from fuzz.targets import files, gate, http, records, streams, users
 
 TARGETS: Mapping[str, Target] = {
-    target.check.__name__: target for module in (files, http, records, streams, users) for target in module.TARGETS
+    target.check.__name__: target
+    for module in (files, gate, http, records, streams, users)
+    for target in module.TARGETS
 }
 
 CORPUS = Path(__file__).parent / "corpus"

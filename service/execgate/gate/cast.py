@@ -15,6 +15,7 @@ disk failed, is read up to there.
 import base64
 import codecs
 import json
+import math
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -261,7 +262,7 @@ class Played:
         for line in self._lines:
             try:
                 event = parse(json.loads(line))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise Torn from error
             if event is not None:
                 yield event
@@ -280,21 +281,32 @@ def read_about(file: BinaryIO) -> About | None:
             rule=told["rule"],
             args=told["args"],
             tty=played.tty,
-            begun_at=float(told["begun"]),
-            since=float(told["since"]),
+            begun_at=_seconds(told["begun"]),
+            since=_seconds(told["since"]),
         )
     except (InvalidArgument, KeyError, TypeError, ValueError):
         return None
 
 
+def _seconds(value: Any) -> float:
+    """Return a time that can be reckoned with. ValueError, TypeError."""
+    try:
+        seconds = float(value)
+    except OverflowError as error:
+        raise ValueError("no time") from error
+    if not math.isfinite(seconds):
+        raise ValueError("no time")
+    return seconds
+
+
 def _parse_cast(value: Any) -> Event | None:
     time, code, data = value
     what = {"o": What.STDOUT, "i": What.STDIN, "r": What.SIZE, "m": What.NOTE}.get(code)
-    return None if what is None else Event(float(time), what, str(data).encode(errors="replace"))
+    return None if what is None else Event(_seconds(time), what, str(data).encode(errors="replace"))
 
 
 def _parse_line(value: Any) -> Event | None:
-    time = float(value["time"])
+    time = _seconds(value["time"])
     if "stream" in value:
         data = base64.b64decode(value["base64"]) if "base64" in value else value["data"].encode(errors="replace")
         return Event(time, What(value["stream"]), data)
