@@ -128,17 +128,27 @@ class Access:
 
     def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
         """See `sessions.manager.Caller`."""
-        host_equivalent = self._gate.host_equivalent(container, self._gate.catalog.spec(container))
-        asked = Asked(target=target_of(container), config=config, user=user, host_equivalent=host_equivalent)
+        asked = self._asked(container, config, user)
         outcome = self._policy.decide(self.principal, asked)
         self._gate.journal.decided(self.principal, container, asked, outcome)
         return _granted(outcome, container)
+
+    def confirm(self, container: Container, session: ExecSession) -> None:
+        """See `sessions.manager.Caller`: what was stored is decided on by the rules, and in the container, of today."""
+        if session.owner != self.principal.id:
+            return  # its owner's rule has said what may run, and another one that we may start it
+        asked = self._asked(container, session.config, session.user)
+        outcome = self._policy.decide(self.principal, asked)
+        if isinstance(outcome, Refusal):
+            self._gate.journal.decided(self.principal, container, asked, outcome)
+        _granted(outcome, container)
 
     async def start_detached(
         self, session_id: str, size: ConsoleSize | None = None, *, intended: Callable[[], None] = lambda: None
     ) -> ExecSession:
         """See `SessionManager.start_detached`."""
-        return await self._sessions.start_detached(self._decided_again(session_id), size, intended=intended)
+        session = self._used(session_id, Verb.EXEC)
+        return await self._sessions.start_detached(session.id, size, intended=intended, caller=self)
 
     async def started(self, session_id: str) -> ExecSession:
         """See `SessionManager.started`."""
@@ -148,7 +158,8 @@ class Access:
         self, session_id: str, size: ConsoleSize | None, take_over: Callable[[], Awaitable[AttachedClient]]
     ) -> None:
         """See `SessionManager.start_attached`."""
-        await self._sessions.start_attached(self._decided_again(session_id), size, take_over)
+        session = self._used(session_id, Verb.EXEC)
+        await self._sessions.start_attached(session.id, size, take_over, caller=self)
 
     def to_start(self, session_id: str) -> ExecSession:
         """Return a session that the principal may start, were it not started yet."""
@@ -278,6 +289,11 @@ class Access:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    def _asked(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Asked:
+        """Return an exec as it would run."""
+        host_equivalent = self._gate.host_equivalent(container, self._gate.catalog.spec(container))
+        return Asked(target=target_of(container), config=config, user=user, host_equivalent=host_equivalent)
+
     def _shows(self, container: Container) -> bool:
         return self._policy.shows(self.principal, target_of(container))
 
@@ -304,25 +320,6 @@ class Access:
         if session.owner != self.principal.id:
             self._gate.journal.used(self.principal, session, verb)
         return session
-
-    def _decided_again(self, session_id: str) -> SessionId:
-        """Return a session's id if it may be started: it is decided on as it was stored, by the rules of today."""
-        session = self._used(session_id, Verb.EXEC)
-        container = self._gate.catalog.get(session.container.container_id)
-        own = session.owner == self.principal.id  # of another's, its owner's rule has said what may run
-        if own and session.state is SessionState.CREATED and container is not None and container.init is not None:
-            host_equivalent = self._gate.host_equivalent(container, self._gate.catalog.spec(container))
-            asked = Asked(
-                target=target_of(container),
-                config=session.config,
-                user=session.user,
-                host_equivalent=host_equivalent,
-            )
-            outcome = self._policy.decide(self.principal, asked)
-            if isinstance(outcome, Refusal):
-                self._gate.journal.decided(self.principal, container, asked, outcome)
-            _granted(outcome, container)
-        return session.id
 
 
 def _granted(outcome: Grant | Refusal, container: Container) -> Grant:

@@ -100,13 +100,16 @@ class Containers(Protocol):
 
 
 class Caller(Protocol):
-    """On whose behalf a session is created."""
+    """On whose behalf a session is created or started."""
 
     def find(self, ref: str) -> Container:
         """Look up one of the containers that the caller may see; NotFound, InvalidArgument."""
 
     def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
         """Permit an exec as it would run. Forbidden."""
+
+    def confirm(self, container: Container, session: ExecSession) -> None:
+        """Permit what was created to start now, in its container as it is now. Forbidden."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +158,9 @@ class _Program:
     def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:  # noqa: ARG002
         """See `Caller`."""
         return Grant(owner=PROGRAM.id, rule="", config=config)
+
+    def confirm(self, container: Container, session: ExecSession) -> None:
+        """See `Caller`."""
 
 
 class _TooLate(Exception):
@@ -304,13 +310,19 @@ class SessionManager:
     # -- start -------------------------------------------------------------------------------------------------------
 
     async def start_detached(
-        self, session_id: str, size: ConsoleSize | None = None, *, intended: Callable[[], None] = lambda: None
+        self,
+        session_id: str,
+        size: ConsoleSize | None = None,
+        *,
+        intended: Callable[[], None] = lambda: None,
+        caller: Caller | None = None,
     ) -> ExecSession:
-        """Start with nothing attached; return once the pid is known. StartFailed, AlreadyStarted, …
+        """Start with nothing attached; return once the pid is known. StartFailed, AlreadyStarted, Forbidden, …
 
-        `intended` is called once the start is on record: from then on `started` tells its outcome.
+        `intended` is called once the start is on record: from then on `started` tells its outcome. `caller` is asked
+        when the start's turn has come.
         """
-        live = await self._prepare(session_id, size, attach=False, preserved=(), intended=intended)
+        live = await self._prepare(session_id, size, attach=False, preserved=(), intended=intended, caller=caller)
         begun: asyncio.Future[ExecSession] = asyncio.get_running_loop().create_future()
         begun.add_done_callback(asyncio.Future.exception)  # the request may be gone before its answer is known
         live.run(None, begun)
@@ -331,14 +343,15 @@ class SessionManager:
         take_over: Callable[[], Awaitable[AttachedClient]],
         *,
         preserved: Sequence[int] = (),
+        caller: Caller | None = None,
     ) -> None:
-        """Start with a client; return once it is the session's business.
+        """Start with a client; return once it is the session's business. As `start_detached`.
 
         `take_over` is awaited once all is ready, and puts the head of the answer on the wire; what is raised before
         can still be answered with a status. What goes wrong after is told in the stream. `preserved` are descriptors
         of this program that the process gets as 3, 4, …; they stay the caller's.
         """
-        live = await self._prepare(session_id, size, attach=True, preserved=preserved)
+        live = await self._prepare(session_id, size, attach=True, preserved=preserved, caller=caller)
         try:
             client = await take_over()
         except BaseException:
@@ -627,6 +640,7 @@ class SessionManager:
         attach: bool,
         preserved: Sequence[int],
         intended: Callable[[], None] = lambda: None,
+        caller: Caller | None = None,
     ) -> LiveSession:
         whose = self.inspect(session_id).container.container_id
         async with self._gate.turn(whose) as turn, self._preparation(session_id) as settled:
@@ -634,6 +648,8 @@ class SessionManager:
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
                 raise _already_started(session)
+            if caller is not None:
+                caller.confirm(container, session)
             asked_before = self._early_sizes.get(session.id)
             request = self._request(session, container, size, attach=attach, preserved=preserved)
             recording = await self._begin_recording(session, size or asked_before or session.config.console_size)
