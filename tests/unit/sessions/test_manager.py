@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from execgate.model.access import Record
-from execgate.model.config import ConsoleSize, ExecConfig
+from execgate.model.access import Grant, Record
+from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
 from execgate.model.container import Container, ContainerBinding, ContainerStatus, OciRuntime
-from execgate.model.errors import Conflict, Exhausted, Internal, NotFound, StartFailed, Unavailable
+from execgate.model.errors import Conflict, Exhausted, Forbidden, Internal, NotFound, StartFailed, Unavailable
 from execgate.model.ids import ContainerId, SessionId
 from execgate.model.process import ProcessIdentity
 from execgate.model.session import ExecSession, ExitSource, ExitStatus, SessionState
@@ -879,6 +879,63 @@ async def test_a_start_whose_monitor_comes_too_late_for_a_reload(world: World, m
     assert world.said == ["close"]
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)
+
+
+# -- a caller
+
+
+class Warden:
+    """Lets be created what it is asked for, with a bound, and refuses starts while the test says so."""
+
+    def __init__(self, world: World) -> None:
+        self.refuses = False
+        self.confirmed: list[ExecSession] = []
+        self._world = world
+
+    def find(self, ref: str) -> Container:
+        return self._world.containers.find(ref)
+
+    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
+        assert user.uid == 0
+        return Grant(owner="unix:7", rule=f"in {container.name}", config=replace(config, timeout=9.0), max_sessions=2)
+
+    def confirm(self, container: Container, session: ExecSession) -> None:
+        assert container.id == session.container.container_id
+        if self.refuses:
+            raise Forbidden("not any more")
+        self.confirmed.append(session)
+
+
+async def test_what_is_granted_is_what_is_kept(world: World) -> None:
+    warden = Warden(world)
+    session = await world.manager.create("name", ExecConfig(args=("true",)), warden)
+    assert (session.owner, session.rule, session.config.timeout) == ("unix:7", "in name", 9.0)
+    await world.manager.create("name", ExecConfig(args=("true",)), warden)
+    with pytest.raises(Exhausted, match="as many as you may"):
+        await world.manager.create("name", ExecConfig(args=("true",)), warden)
+    await world.manager.remove(session.id)
+    assert await world.manager.create("name", ExecConfig(args=("true",)), warden)
+    assert (await world.create()).owner == "program:self"  # who has a bound of its own
+
+
+async def test_a_start_is_permitted_when_its_turn_has_come(world: World) -> None:
+    """Refused, nothing has begun; and it may be asked again."""
+    warden = Warden(world)
+    session = await world.manager.create("name", ExecConfig(args=("true",)), warden)
+    warden.refuses = True
+    with pytest.raises(Forbidden):
+        await world.manager.start_detached(session.id, caller=warden)
+    with pytest.raises(Forbidden):
+        await world.manager.start_attached(session.id, None, world.take_over, caller=warden)
+    assert world.state(session) is SessionState.CREATED
+    assert not world.runtime.executions
+    warden.refuses = False
+    task = asyncio.create_task(world.manager.start_detached(session.id, caller=warden))
+    await world.wait_for("start")
+    assert [one.id for one in warden.confirmed] == [session.id]
+    world.runtime.executions[0].started.set_result(PROCESS)
+    await asyncio.wait_for(task, SOON)
+    world.runtime.executions[0].end()
 
 
 # -- a witness
