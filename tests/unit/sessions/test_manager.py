@@ -914,7 +914,7 @@ async def test_what_is_granted_is_what_is_kept(world: World) -> None:
     with pytest.raises(Exhausted, match="as many as you may"):
         await world.manager.create("name", ExecConfig(args=("true",)), warden)
     await world.manager.remove(session.id)
-    assert await world.manager.create("name", ExecConfig(args=("true",)), warden)
+    assert (await world.manager.create("name", ExecConfig(args=("true",)), warden)).owner == "unix:7"
     assert (await world.create()).owner == "program:self"  # who has a bound of its own
 
 
