@@ -328,9 +328,12 @@ async def test_a_receive_that_is_cancelled_loses_nothing(world: World) -> None:
 
 async def test_input_stays_with_the_client_until_it_is_asked_for(world: World) -> None:
     stream, peer = await world.open()
-    peer.fill()
-    await asyncio.sleep(A_WHILE)
-    assert peer.fill() == 0
+    for _ in range(50):  # a kernel finds more room on a TCP connection once it sees that much comes, but not for ever
+        if peer.fill() == 0:
+            break
+        await asyncio.sleep(A_WHILE)
+    else:
+        pytest.fail("somebody reads it")
     assert await soon(stream.receive())
 
 
