@@ -475,6 +475,24 @@ def test_a_reload_brings_new_rules(new_service: Callable[..., Service], host_dir
         container.delete()
 
 
+@pytest.mark.parametrize("bound", [{"max_time": "1h"}, {"on_disconnect": ["kill"]}, {"record": "all"}])
+def test_what_was_created_before_new_bounds_does_not_start_without_them(
+    new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer, bound: dict[str, Any]
+) -> None:
+    directory = host_dir / f"bound-{next(iter(bound))[:4]}"
+    write_policy(directory, rule("free", ["uid:0"]))
+    service = new_service(directory)
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sleep", "1000")
+    write_policy(directory, rule("free", ["uid:0"], **bound))
+    service.reload()
+    assert api.start_detached(session).status == 403
+    assert api.call("DELETE", f"/exec/{session}").status == 204
+    anew = api.create(runc_container.id, "true")
+    assert api.start_detached(anew).status == 200
+    api.ended(anew)
+
+
 def test_without_a_policy_only_the_owner(new_service: Callable[..., Service], runc_container: TestContainer) -> None:
     service = new_service(flags=["--socket-mode=0666"], env={"EXECGATE_ALLOW_PRIVILEGED": "false"})
     service.directory.parent.chmod(0o711)
