@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from contract.api import NO_SUCH_ID
 from support.access import EVERYTHING, User, UserApi, bearer, rule, write_policy
 from support.api import OUTPUT, RawApi, start_bytes
 from support.clients import DockerCli
+from support.faults import faulty_runtime
 from support.programs import find_program
 from support.raw import Answer
 from support.runtimes import RuntimeHost, TestContainer
@@ -473,6 +475,42 @@ def test_a_reload_brings_new_rules(new_service: Callable[..., Service], host_dir
         assert "the policy that was in force stays so" in service.log()
     finally:
         container.delete()
+
+
+def test_a_run_whose_turn_comes_behind_a_reload_is_decided_on_by_the_new_rules(
+    new_service: Callable[..., Service], host_dir: Path, runc: RuntimeHost, runc_container: TestContainer
+) -> None:
+    mark = host_dir / "turn-mark"
+    mark.touch()
+    slow = f'while [ -e {mark} ]; do sleep 0.05; done\nexec "$REAL" "$@"'
+    faulty = faulty_runtime(runc, host_dir / "turn-runc", "runc", slow)
+    directory = host_dir / "turn"
+    write_policy(directory, rule("free", ["uid:0"]))
+    service = new_service(directory, flags=[f"--runtime=runc={faulty.program}"], env={"EXECGATE_PARALLEL_STARTS": "1"})
+    api = RawApi(service.socket)
+    path = f"/containers/{runc_container.id}/exec/run"
+    first = api.create(runc_container.id, "true")
+    with ThreadPoolExecutor(2) as pool:
+        starting = pool.submit(api.start_detached, first)
+        try:
+            _await(lambda: [one["ID"] for one in api.call("GET", "/exec/json").json if one["Running"]] == [first])
+            answer = pool.submit(api.call, "POST", path, {"Cmd": ["touch", "/tmp/turn-has-come"]})
+            _await(lambda: len(api.call("GET", "/exec/json").json) == 2)
+            write_policy(directory, rule("less", ["uid:0"], argv=[["echo"]]))
+            service.reload()
+        finally:
+            mark.unlink()
+        assert answer.result().status == 403, answer.result()
+        assert starting.result().status == 200
+    assert not (runc_container.rootfs / "tmp/turn-has-come").exists()
+    assert [one["ID"] for one in api.call("GET", "/exec/json").json] == [first]
+
+
+def _await(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("bound", [{"max_time": "1h"}, {"on_disconnect": ["kill"]}, {"record": "all"}])

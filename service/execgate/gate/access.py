@@ -265,11 +265,11 @@ class Access:
         )
 
     async def resume(self, session_id: str, collector: oneshot.Collector) -> oneshot.RunResult:
-        """See `oneshot.resume`: the session is this principal's."""
+        """See `oneshot.resume`: the session is this principal's, and is decided on again if it has yet to start."""
         session = self._sessions.inspect(session_id)
         if session.owner != self.principal.id:
             raise _unknown(session_id)
-        return await oneshot.resume(self._sessions, session.id, collector)
+        return await oneshot.resume(self._sessions, session.id, collector, caller=self)
 
     async def result(self, session_id: str, *, limit: int) -> oneshot.RunResult:
         """See `oneshot.result`."""
