@@ -72,6 +72,7 @@ class Tokens:
         return Principal(method=Method.TOKEN, name=token.name, names=frozenset({token.name}))
 
     def _refresh(self) -> None:
+        key: tuple[int, ...] | None
         try:
             status = self._path.stat()
         except OSError:
