@@ -17,14 +17,15 @@ from typing import Any
 import pytest
 
 from contract.api import NO_SUCH_ID
+from execgate.gate.tokens import revoke_token
 from support.access import EVERYTHING, User, UserApi, bearer, rule, write_policy
 from support.api import OUTPUT, RawApi, start_bytes
 from support.clients import DockerCli
 from support.faults import faulty_runtime
 from support.programs import find_program
-from support.raw import Answer
+from support.raw import Answer, request_bytes
 from support.runtimes import RuntimeHost, TestContainer
-from support.service import Service
+from support.service import TOKENS, Service
 from support.tls import Authority, TlsTarget
 from support.tls_service import free_port
 
@@ -586,6 +587,25 @@ def test_max_sessions_of_a_rule(
     assert api.call("POST", f"/containers/{runc_container.id}/exec", asked).status == 403
     asked = {"Cmd": ["true"], "OnDisconnect": "keep"}
     assert api.call("POST", f"/containers/{runc_container.id}/exec", asked).status == 403
+
+
+def test_each_request_of_a_connection_is_its_own_senders(
+    new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer
+) -> None:
+    """What one request has proven says nothing of the next one, and a token that was revoked meanwhile is void."""
+    directory = host_dir / "pipelined"
+    write_policy(directory, rule("pipelined", ["token:a", "token:b"]), rule("me", ["uid:0"], verbs=["inspect"]))
+    headers = [bearer(directory, name) for name in ("a", "b")]
+    api = RawApi(new_service(directory).socket)
+    made = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"]}, headers=headers[0])
+    path = f"/exec/{made.json['Id']}/json"
+    with api.connect() as connection:
+        asked = [headers[0], headers[1], {}, {"Authorization": "Bearer execgate_x"}, headers[0]]
+        connection.send(b"".join(request_bytes("GET", path, headers=one) for one in asked))
+        assert [connection.read_answer().status for _ in asked] == [200, 404, 404, 401, 200]
+        revoke_token(directory / TOKENS, "a")
+        connection.send(request_bytes("GET", path, headers=headers[0]))
+        assert connection.read_answer().status == 401
 
 
 def test_a_start_that_is_refused_holds_no_bytes_as_http(scene: Scene) -> None:
