@@ -27,6 +27,7 @@ from execgate.http.identity import Doorkeeper
 from execgate.http.listeners import (
     Address,
     Listener,
+    adopt_activated,
     adopt_listener,
     adopt_unix_listener,
     open_listener,
@@ -178,8 +179,7 @@ def _listeners(config: Config, link: KeeperLink, cleanup: contextlib.AsyncExitSt
     Those that an earlier service had are taken over, with whoever waits in their queues.
     """
     if activated := link.take_all(ACTIVATED):
-        found = [adopt_listener(fd) for _, fd in sorted(activated.items())]
-        return [Listener(one, tls=one.family != socket.AF_UNIX and config.tls is not None) for one in found]
+        return [adopt_activated(fd, tls=config.tls is not None) for _, fd in sorted(activated.items())]
     listeners = []
     for address in config.addresses:
         listener = _inherited(address, config, link) or open_listener(

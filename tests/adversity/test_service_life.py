@@ -302,6 +302,28 @@ def test_socket_activation(
             notify.close()
 
 
+@pytest.mark.parametrize(("host", "serves"), [("127.0.0.1", True), ("0.0.0.0", False)])
+def test_socket_activation_without_tls_is_for_this_host_alone(
+    hosts: list[RuntimeHost], host_dir: Path, host: str, serves: bool
+) -> None:
+    """Tokens in plain text are not for a network, whoever has opened the socket."""
+    directory = host_dir / f"activated-{host}"
+    with socket.create_server((host, 0)) as listener:
+        process, notify = _activated(directory, hosts, listener.fileno())
+        try:
+            if serves:
+                notify.wait_for("READY=1", process, timeout=15)
+                process.send_signal(signal.SIGTERM)
+            assert (process.wait(15) == 0) is serves
+        finally:
+            process.kill()
+            process.wait()
+            notify.close()
+    log = (directory / "service.log").read_text()
+    assert "Traceback" not in log, log
+    assert ("loopback" in log) is not serves, log
+
+
 @pytest.mark.parametrize("count", ["1", "2", "99", "²"])
 def test_socket_activation_with_something_else(hosts: list[RuntimeHost], host_dir: Path, count: str) -> None:
     """A descriptor that is no socket, or none at all: an error in words, or none, and no traceback."""

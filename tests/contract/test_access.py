@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 
 from contract.api import NO_SUCH_ID
+from execgate.gate.tokens import revoke_token
 from support.access import EVERYTHING, User, UserApi, bearer, rule, write_policy
 from support.api import OUTPUT, RawApi, start_bytes
 from support.clients import DockerCli
+from support.faults import faulty_runtime
 from support.programs import find_program
-from support.raw import Answer
+from support.raw import Answer, request_bytes
 from support.runtimes import RuntimeHost, TestContainer
-from support.service import Service
+from support.service import TOKENS, Service
 from support.tls import Authority, TlsTarget
 from support.tls_service import free_port
 
@@ -475,6 +478,60 @@ def test_a_reload_brings_new_rules(new_service: Callable[..., Service], host_dir
         container.delete()
 
 
+def test_a_run_whose_turn_comes_behind_a_reload_is_decided_on_by_the_new_rules(
+    new_service: Callable[..., Service], host_dir: Path, runc: RuntimeHost, runc_container: TestContainer
+) -> None:
+    mark = host_dir / "turn-mark"
+    mark.touch()
+    slow = f'while [ -e {mark} ]; do sleep 0.05; done\nexec "$REAL" "$@"'
+    faulty = faulty_runtime(runc, host_dir / "turn-runc", "runc", slow)
+    directory = host_dir / "turn"
+    write_policy(directory, rule("free", ["uid:0"]))
+    service = new_service(directory, flags=[f"--runtime=runc={faulty.program}"], env={"EXECGATE_PARALLEL_STARTS": "1"})
+    api = RawApi(service.socket)
+    path = f"/containers/{runc_container.id}/exec/run"
+    first = api.create(runc_container.id, "true")
+    with ThreadPoolExecutor(2) as pool:
+        starting = pool.submit(api.start_detached, first)
+        try:
+            _await(lambda: [one["ID"] for one in api.call("GET", "/exec/json").json if one["Running"]] == [first])
+            answer = pool.submit(api.call, "POST", path, {"Cmd": ["touch", "/tmp/turn-has-come"]})
+            _await(lambda: len(api.call("GET", "/exec/json").json) == 2)
+            write_policy(directory, rule("less", ["uid:0"], argv=[["echo"]]))
+            service.reload()
+        finally:
+            mark.unlink()
+        assert answer.result().status == 403, answer.result()
+        assert starting.result().status == 200
+    assert not (runc_container.rootfs / "tmp/turn-has-come").exists()
+    assert [one["ID"] for one in api.call("GET", "/exec/json").json] == [first]
+
+
+def _await(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("bound", [{"max_time": "1h"}, {"on_disconnect": ["kill"]}, {"record": "all"}])
+def test_what_was_created_before_new_bounds_does_not_start_without_them(
+    new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer, bound: dict[str, Any]
+) -> None:
+    directory = host_dir / f"bound-{next(iter(bound))[:4]}"
+    write_policy(directory, rule("free", ["uid:0"]))
+    service = new_service(directory)
+    api = RawApi(service.socket)
+    session = api.create(runc_container.id, "sleep", "1000")
+    write_policy(directory, rule("free", ["uid:0"], **bound))
+    service.reload()
+    assert api.start_detached(session).status == 403
+    assert api.call("DELETE", f"/exec/{session}").status == 204
+    anew = api.create(runc_container.id, "true")
+    assert api.start_detached(anew).status == 200
+    api.ended(anew)
+
+
 def test_without_a_policy_only_the_owner(new_service: Callable[..., Service], runc_container: TestContainer) -> None:
     service = new_service(flags=["--socket-mode=0666"], env={"EXECGATE_ALLOW_PRIVILEGED": "false"})
     service.directory.parent.chmod(0o711)
@@ -530,6 +587,25 @@ def test_max_sessions_of_a_rule(
     assert api.call("POST", f"/containers/{runc_container.id}/exec", asked).status == 403
     asked = {"Cmd": ["true"], "OnDisconnect": "keep"}
     assert api.call("POST", f"/containers/{runc_container.id}/exec", asked).status == 403
+
+
+def test_each_request_of_a_connection_is_its_own_senders(
+    new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer
+) -> None:
+    """What one request has proven says nothing of the next one, and a token that was revoked meanwhile is void."""
+    directory = host_dir / "pipelined"
+    write_policy(directory, rule("pipelined", ["token:a", "token:b"]), rule("me", ["uid:0"], verbs=["inspect"]))
+    headers = [bearer(directory, name) for name in ("a", "b")]
+    api = RawApi(new_service(directory).socket)
+    made = api.call("POST", f"/containers/{runc_container.id}/exec", {"Cmd": ["true"]}, headers=headers[0])
+    path = f"/exec/{made.json['Id']}/json"
+    with api.connect() as connection:
+        asked = [headers[0], headers[1], {}, {"Authorization": "Bearer execgate_x"}, headers[0]]
+        connection.send(b"".join(request_bytes("GET", path, headers=one) for one in asked))
+        assert [connection.read_answer().status for _ in asked] == [200, 404, 404, 401, 200]
+        revoke_token(directory / TOKENS, "a")
+        connection.send(request_bytes("GET", path, headers=headers[0]))
+        assert connection.read_answer().status == 401
 
 
 def test_a_start_that_is_refused_holds_no_bytes_as_http(scene: Scene) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from execgate.containers.catalog import Catalog
 from execgate.gate.rules import Policy, Refusal
-from execgate.model.access import Asked, Grant, Target, Verb, target_of
+from execgate.model.access import Asked, Grant, Record, Target, Verb, target_of
 from execgate.model.config import ConsoleSize, ExecConfig, ResolvedUser
 from execgate.model.container import Container
 from execgate.model.errors import Forbidden, NotFound
@@ -139,6 +139,8 @@ class Access:
             return  # its owner's rule has said what may run, and another one that we may start it
         asked = self._asked(container, session.config, session.user)
         outcome = self._policy.decide(self.principal, asked)
+        if isinstance(outcome, Grant) and not _is_bound_by(session, outcome):
+            outcome = _outdated(session, outcome)
         if isinstance(outcome, Refusal):
             self._gate.journal.decided(self.principal, container, asked, outcome)
         _granted(outcome, container)
@@ -263,11 +265,11 @@ class Access:
         )
 
     async def resume(self, session_id: str, collector: oneshot.Collector) -> oneshot.RunResult:
-        """See `oneshot.resume`: the session is this principal's."""
+        """See `oneshot.resume`: the session is this principal's, and is decided on again if it has yet to start."""
         session = self._sessions.inspect(session_id)
         if session.owner != self.principal.id:
             raise _unknown(session_id)
-        return await oneshot.resume(self._sessions, session.id, collector)
+        return await oneshot.resume(self._sessions, session.id, collector, caller=self)
 
     async def result(self, session_id: str, *, limit: int) -> oneshot.RunResult:
         """See `oneshot.result`."""
@@ -329,6 +331,21 @@ def _granted(outcome: Grant | Refusal, container: Container) -> Grant:
     if not outcome.visible:  # since it was looked up
         raise NotFound(f"No such container: {container.id}", hint=outcome.hint)
     raise Forbidden(outcome.message, hint=outcome.hint)
+
+
+def _is_bound_by(session: ExecSession, grant: Grant) -> bool:
+    """Return whether a session, as it is stored, has the bounds of a permission, and is recorded as it demands."""
+    recorded = session.record is Record.ALL or grant.record in (Record.NOTHING, session.record)
+    return grant.config == session.config and recorded and session.record_or_end >= grant.record_or_end
+
+
+def _outdated(session: ExecSession, grant: Grant) -> Refusal:
+    """Return the answer to a start that a rule would allow with other bounds: what is stored is what would run."""
+    return Refusal(
+        message=f"permission denied: the rules have changed since exec {session.id} was created; create it anew",
+        hint=f"rule {grant.rule} has bounds, or a recording, that rule {session.rule} had not",
+        visible=True,
+    )
 
 
 def _target_of(session: ExecSession) -> Target:

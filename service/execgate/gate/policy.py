@@ -203,6 +203,8 @@ def _keep(copy: Path, text: bytes) -> None:
         new.replace(copy)
     except OSError as error:
         log.warning("the policy cannot be kept in %s: %s", copy, error.strerror)
+        with contextlib.suppress(OSError):  # an older one must not come into force again
+            copy.unlink()
 
 
 class _Lines:

@@ -31,6 +31,9 @@ PREFIX = "execgate_"
 MAX_TOKEN = 256
 """Bytes of what is looked at as a token."""
 
+_UNKNOWN = ()
+"""In place of what a stat has told: that of no file."""
+
 _MAX_FILE = 4 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 
@@ -69,6 +72,7 @@ class Tokens:
         return Principal(method=Method.TOKEN, name=token.name, names=frozenset({token.name}))
 
     def _refresh(self) -> None:
+        key: tuple[int, ...] | None
         try:
             status = self._path.stat()
         except OSError:
@@ -83,6 +87,8 @@ class Tokens:
             # Nobody is let in by a file that somebody else may have written.
             log.error("no token is accepted: %s (%s)", error, error.hint)
             self._by_hash = {}
+            if isinstance(error, Unavailable):  # the host may be out of descriptors: the same file can be read later
+                key = _UNKNOWN
         self._key = key
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import grp
+import ipaddress
 import os
 import socket
 import stat
@@ -85,6 +86,32 @@ def adopt_listener(fd: int) -> socket.socket:
         raise Unavailable(f"cannot listen on inherited descriptor {fd}: {error.strerror}") from error
     found.setblocking(False)
     return found
+
+
+def adopt_activated(fd: int, *, tls: bool) -> Listener:
+    """Return the listener that the service manager has opened; on one of TCP TLS is spoken if there is `tls`.
+
+    InvalidArgument: without TLS others than this host could reach it, as no address that is configured lets them.
+    Unavailable.
+    """
+    found = adopt_listener(fd)
+    if found.family == socket.AF_UNIX:
+        return Listener(found)
+    name = found.getsockname()
+    if not tls and not _is_loopback(name[0] if isinstance(name, tuple) else name):
+        found.close()
+        raise InvalidArgument(
+            f"the socket of the service manager listens on {name}: without TLS it must be a loopback address",
+            hint="set tls_certificate and tls_key, or ListenStream=127.0.0.1:PORT",
+        )
+    return Listener(found, tls=tls)
+
+
+def _is_loopback(host: object) -> bool:
+    try:
+        return ipaddress.ip_address(str(host)).is_loopback
+    except ValueError:  # of another family
+        return False
 
 
 def adopt_unix_listener(fd: int, path: Path, *, mode: int, group: str) -> socket.socket | None:

@@ -55,7 +55,7 @@ async def run(
     3, 4, …; its terminal takes on each of `sizes` as it comes. A command that cannot be started is a result too: 126,
     127 or 128, and `session.error`. Whoever cancels this kills the process, its tree included: nobody will ever see
     its output. `begun` is told of the session as soon as there is one, and who is its client. `caller` is on whose
-    behalf it is created (`SessionManager.create`).
+    behalf it is created and started (`SessionManager.create`).
     """
     config = replace(config, attach_stdin=bool(stdin), attach_stdout=True, attach_stderr=True)
     session = await manager.create(container_ref, config, caller)
@@ -63,16 +63,18 @@ async def run(
     begun(session.id, collector)
     resizing = None if sizes is None else asyncio.ensure_future(follow_sizes(manager, session.id, sizes))
     try:
-        return await _outcome(manager, session.id, collector, preserved)
+        return await _outcome(manager, session.id, collector, preserved, caller)
     finally:
         if resizing is not None:
             resizing.cancel()
             await asyncio.gather(resizing, return_exceptions=True)
 
 
-async def resume(manager: SessionManager, session_id: SessionId, collector: "Collector") -> RunResult:
+async def resume(
+    manager: SessionManager, session_id: SessionId, collector: "Collector", *, caller: Caller | None = None
+) -> RunResult:
     """Go on with what `run` has begun in an earlier service, which has handed over `collector`."""
-    return await _outcome(manager, session_id, collector, ())
+    return await _outcome(manager, session_id, collector, (), caller)
 
 
 async def result(manager: SessionManager, session_id: str, *, limit: int) -> RunResult:
@@ -98,7 +100,11 @@ async def result(manager: SessionManager, session_id: str, *, limit: int) -> Run
 
 
 async def _outcome(
-    manager: SessionManager, session_id: SessionId, collector: "Collector", preserved: Sequence[int]
+    manager: SessionManager,
+    session_id: SessionId,
+    collector: "Collector",
+    preserved: Sequence[int],
+    caller: Caller | None,
 ) -> RunResult:
     """Start a session if it is not started, and return how it ended. Whoever cancels this kills and removes it."""
 
@@ -107,7 +113,7 @@ async def _outcome(
 
     try:
         if manager.inspect(session_id).state is SessionState.CREATED:
-            await manager.start_attached(session_id, None, take_over, preserved=preserved)
+            await manager.start_attached(session_id, None, take_over, preserved=preserved, caller=caller)
         session = await manager.wait(session_id)
     except BaseException:  # cancelled, or refused: nobody knows its id
         with contextlib.suppress(NotFound):

@@ -654,3 +654,11 @@ def test_a_copy_that_cannot_be_kept_is_no_reason_not_to_serve(
     (state_dir / f"{COPY}.new").mkdir()
     assert in_force(file, state_dir) == "r"
     assert "the policy cannot be kept" in caplog.text
+
+
+def test_a_policy_that_cannot_be_kept_does_not_bring_an_older_one_back(file: Path, state_dir: Path) -> None:
+    assert in_force(file, state_dir) == "r"
+    file.write_text(OTHER)
+    (state_dir / f"{COPY}.new").mkdir()
+    assert in_force(file, state_dir) == "other"
+    assert in_force(file, state_dir, restarted=True) == "other"

@@ -1,5 +1,6 @@
 """Bearer tokens: what is kept, who is let in, and which files are not believed."""
 
+import errno
 import json
 import os
 import stat
@@ -51,6 +52,21 @@ def test_a_hash_is_no_secret(path: Path) -> None:
 def test_without_a_file_there_is_no_token(path: Path) -> None:
     assert Tokens(path).principal("execgate_x") is None
     assert read_tokens(path) == []
+
+
+def test_a_host_that_was_out_of_descriptors_does_not_cost_the_tokens(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Tokens(path)
+    secret = create_token(path, "ci")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", _out_of_descriptors)
+        assert tokens.principal(secret) is None
+    assert tokens.principal(secret) is not None
+
+
+def _out_of_descriptors(*_: object, **__: object) -> int:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def test_what_is_revoked_is_void_at_once(path: Path) -> None:
