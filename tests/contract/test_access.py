@@ -532,6 +532,26 @@ def test_what_was_created_before_new_bounds_does_not_start_without_them(
     api.ended(anew)
 
 
+def test_who_may_start_for_others_needs_the_others_rule_yet(
+    new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer
+) -> None:
+    """What somebody has created whose rule is gone is started by nobody."""
+    directory = host_dir / "access-others"
+    starter = rule("starter", ["uid:0"], verbs=["inspect"], others=["exec", "inspect"])
+    write_policy(directory, starter, rule("creator", ["token:t"]))
+    creator = bearer(directory, "t")
+    service = new_service(directory)
+    api, theirs = RawApi(service.socket), RawApi(service.socket, headers=creator)
+    first, second = (theirs.create(runc_container.id, "true") for _ in range(2))
+    assert api.start_detached(first).status == 200
+    write_policy(directory, starter)
+    service.reload()
+    refused = api.start_detached(second)
+    assert refused.status == 403, refused
+    assert "does not hold any more" in refused.message
+    assert api.inspect(second)["ExitCode"] is None
+
+
 def test_without_a_policy_only_the_owner(new_service: Callable[..., Service], runc_container: TestContainer) -> None:
     service = new_service(flags=["--socket-mode=0666"], env={"EXECGATE_ALLOW_PRIVILEGED": "false"})
     service.directory.parent.chmod(0o711)

@@ -136,7 +136,13 @@ class Access:
     def confirm(self, container: Container, session: ExecSession) -> None:
         """See `sessions.manager.Caller`: what was stored is decided on by the rules, and in the container, of today."""
         if session.owner != self.principal.id:
-            return  # its owner's rule has said what may run, and another one that we may start it
+            # Its owner's rule has said what may run, and another one that we may start it.
+            if not self._policy.has(session.rule):
+                raise Forbidden(
+                    f"permission denied: what permitted exec {session.id} does not hold any more",
+                    hint=f"rule {session.rule} is gone; {self.principal.id} would start it for {session.owner}",
+                )
+            return
         asked = self._asked(container, session.config, session.user)
         outcome = self._policy.decide(self.principal, asked)
         if isinstance(outcome, Grant) and not _is_bound_by(session, outcome):

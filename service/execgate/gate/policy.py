@@ -84,6 +84,8 @@ def policy_in_force(path: Path | None, state_dir: Path, *, restarted: bool) -> P
         if difference := _difference(path, kept.text):
             log.error("the policy that was in force stays so: %s", difference)
         return kept
+    if path is None and restarted and (state_dir / COPY).exists():
+        raise InvalidArgument("the policy that was in force is lost, and it has no file", hint=f"{state_dir / COPY}")
     text = _read(path) if path is not None else b""
     return PolicyInForce(parse_policy(text, str(path)) if path is not None else None, text)
 

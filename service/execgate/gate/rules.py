@@ -220,6 +220,10 @@ class Policy:
     rules: tuple[Rule, ...]
     _mine: dict[Hashable, _Mine] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    def has(self, rule_id: str) -> bool:
+        """Return whether there is a rule of that id."""
+        return any(rule.id == rule_id for rule in self.rules)
+
     def shows(self, principal: Principal, target: Target) -> bool:
         """Return whether the container exists for a principal."""
         return bool(self._of(principal).showing(target))

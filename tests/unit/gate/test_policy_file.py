@@ -622,6 +622,8 @@ def test_a_copy_that_others_could_write_is_none(file: Path, state_dir: Path, cap
     file.unlink()
     with pytest.raises(InvalidArgument, match=str(file)):
         in_force(file, state_dir, restarted=True)
+    with pytest.raises(InvalidArgument, match="is lost"):  # and who could do all without a policy cannot now
+        in_force(None, state_dir, restarted=True)
 
 
 def test_after_a_crash_a_user_who_is_gone_is_nobody(
