@@ -32,7 +32,7 @@ from execgate.oci.process import build_process, process_of
 from execgate.oci.users import container_user
 from execgate.runtime.versions import parse_version
 from fuzz.target import Target, scratch
-from support.bolt import checksum
+from support.bolt import Tree, checksum, write_bolt
 from support.found import catalog_below, this_process
 from support.trees import (
     Life,
@@ -46,6 +46,7 @@ from support.trees import (
     plans,
     podman_tree,
 )
+from support.trees.podman import V4
 
 _CONFIG = ExecConfig(args=("true",), tty=True, user="app", env=("A=b",))
 
@@ -103,6 +104,16 @@ def _make_podman(root: Path) -> Any:
     return victim, witness, {}, {"containers.json": tree.store.containers / "containers.json", "db.sql": tree.database}
 
 
+def _make_old_podman(root: Path) -> Any:
+    """Podman before 4.8, whose database is a bolt file."""
+    tree = podman_tree(root, _two(), version=V4, with_database=False)
+    victim, witness = tree
+    database = tree.store.graph_root / "libpod/bolt_state.db"
+    database.parent.mkdir(parents=True)
+    write_bolt(database, {b"ctr": {victim.plan.id.encode(): {b"config": b'{"user":"app"}', b"state": b"{}"}}})
+    return victim, witness, {}, {"bolt_state.db": database}
+
+
 def _make_crio(root: Path) -> Any:
     tree = crio_tree(root, _two())
     victim, witness = (one for one in tree if not one.plan.is_infra)
@@ -111,8 +122,13 @@ def _make_crio(root: Path) -> Any:
 
 def _make_containerd(root: Path) -> Any:
     victim, witness = containerd_tree(root, _two())
+    database = root / "var/lib/containerd/io.containerd.metadata.v1.bolt/meta.db"
+    database.parent.mkdir(parents=True, exist_ok=True)
+    record: Tree = {b"image": b"busybox", b"labels": {b"a": b"b"}}
+    namespace = victim.bundle.parent.name.encode()
+    write_bolt(database, {b"v1": {namespace: {b"containers": {victim.plan.id.encode(): record}}}})
     own = {"options.json": victim.bundle / "options.json", "shim-binary-path": victim.bundle / "shim-binary-path"}
-    return victim, witness, own, {}
+    return victim, witness, own, {"meta.db": database}
 
 
 def _make_nerdctl(root: Path) -> Any:
@@ -139,6 +155,7 @@ def _trees() -> Mapping[str, _Tree]:
     made = {
         "docker": (EngineName.DOCKER, _make_docker),
         "podman": (EngineName.PODMAN, _make_podman),
+        "podman4": (EngineName.PODMAN, _make_old_podman),
         "crio": (EngineName.CRIO, _make_crio),
         "containerd": (EngineName.CONTAINERD, _make_containerd),
         "nerdctl": (EngineName.CONTAINERD, _make_nerdctl),
@@ -180,6 +197,7 @@ def _named(head: bytes) -> tuple[_Tree, str]:
 
 def _placed(content: bytes, root: Path) -> bytes:
     """Return content with what differs from run to run in it: where the tree is, and the process that lives."""
+    content = _with_checksums(content)
     alive = this_process()
     for name, value in (("@ROOT@", root), ('"@PID@"', alive.pid), ('"@START@"', alive.start_time)):
         content = content.replace(name.encode(), str(value).encode())
@@ -341,7 +359,7 @@ TARGETS = (
         check=engine_files,
         is_json=True,
         has_first_line=True,
-        max_length=8192,
+        max_length=12 * 1024,
         tokens=(
             *(
                 b'"@ROOT@"',
@@ -419,8 +437,19 @@ TARGETS = (
             ),
             *(b'"sandbox"', b'"nerdctl/name"', b'"io.container.manager"', b'"libpod"', b'"io.kubernetes.cri-o.Labels"'),
             *(b'"io.kubernetes.pod.terminationGracePeriod"', b'"io.kubernetes.pod.name"', b'"runc"', b'"crun"', b'"/"'),
-            *(b"docker ", b"podman ", b"crio ", b"containerd ", b"nerdctl ", b"kubernetes ", b"runc ", b"crun "),
+            *(
+                b"docker ",
+                b"podman ",
+                b"crio ",
+                b"containerd ",
+                b"nerdctl ",
+                b"kubernetes ",
+                b"runc ",
+                b"crun ",
+                b"podman4 ",
+            ),
             *(b"config.json\n", b"state.json\n", b"status\n", b"config.v2.json\n", b"containers.json\n", b"name\n"),
+            *(b"meta.db\n", b"bolt_state.db\n", struct.pack("=HHI", 2, 1, 0), struct.pack("=IIII", 1, 16, 1, 16)),
         ),
     ),
     Target(

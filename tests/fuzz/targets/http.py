@@ -120,6 +120,9 @@ def _check_order(data: bytes, reading: _Reading) -> None:
             position += 2
         assert event.raw
         assert data.startswith(event.raw, position)
+        if isinstance(event, Head):
+            assert event.path.startswith("/") or event.path == "*"
+            assert all(event.header(name.upper()) is not None for name, _ in event.fields)
         position += len(event.raw)
         at_start = False
     if not reading.status:
