@@ -6,8 +6,10 @@ documented without being seen, and none is seen without being documented.
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from contract.api import NO_SUCH_ID, Api
 from contract.document import ROUTE_HEADERS, Document, Operation
 from execgate.http.front import HEAD_TIMEOUT
 from execgate.http.server import MAX_BODY
+from support.access import bearer, rule, write_policy
+from support.api import RawApi
 from support.raw import Answer, request_bytes
 from support.runtimes import RuntimeHost, TestContainer
 from support.service import Service
@@ -339,8 +343,40 @@ def test_the_cap_on_sessions_is_as_documented(
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_void_token_is_refused_as_documented(operation: str, api: Api) -> None:
+    one = OPERATIONS[operation]
+    headers = {"Authorization": "Bearer void"}
+    answer = api.call(one.method.upper(), _target(one), {} if one.method == "post" else None, headers=headers)
+    assert answer.status == 401
+    assert answer.headers["www-authenticate"]
+
+
+def test_what_may_be_seen_and_not_done_is_refused_as_documented(
+    new_service: Callable[..., Service], host_dir: Path, runc_container: TestContainer, document: Document
+) -> None:
+    directory = host_dir / "forbidden"
+    watches = rule("watches", ["uid:0"], verbs=["inspect"], others=["inspect"])
+    write_policy(directory, rule("works", ["token:t"]), watches)
+    works = RawApi(directory / "execgate.sock", headers=bearer(directory, "t"))
+    api = Api(new_service(directory).socket, document)
+    session = works.create(runc_container.id, "true")
+    names = {"{name}": runc_container.id, "{id}": session}
+    for one in OPERATIONS.values():
+        if 403 in one.statuses:
+            path = re.sub(r"{name}|{id}", lambda found: names[found[0]], one.path)
+            target = path.replace("/libpod", LIBPOD, 1) if path.startswith("/libpod") else path
+            body = {"Cmd": ["true"], "Detach": True} if one.method == "post" else None
+            if target.endswith("/resize"):
+                target, body = f"{target}?h=1&w=1", None
+            answer = api.call(one.method.upper(), target, body)
+            assert answer.status == 403, (one, answer)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_documented_status_is_provoked(operation: str) -> None:
-    provoked = {status for name, status in PROVOCATIONS if name == operation} | {400, 408} | REFUSALS.keys()
+    provoked = {status for name, status in PROVOCATIONS if name == operation} | {400, 401, 408} | REFUSALS.keys()
+    if 403 in OPERATIONS[operation].statuses:
+        provoked.add(403)  # by test_what_may_be_seen_and_not_done_is_refused_as_documented
     excused = NOT_PROVOKED.keys() | ({500} if operation in NO_500 else set())
     if operation.endswith(("/containers/{name}/exec", "/containers/{name}/exec/run", "/exec/{id}/start")):
         provoked.add(429)  # above, and in test_limits.py
