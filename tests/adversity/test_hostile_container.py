@@ -164,9 +164,9 @@ def test_a_passwd_that_nobody_can_read_to_its_end(
     starts = [
         threading.Thread(target=lambda one=one: statuses.append(api.start_detached(one).status)) for one in sessions
     ]
+    idle = len(container.processes())
     for start in starts:
         start.start()
-    idle = len(container.processes())
     wait_until(lambda: len(container.processes()) > idle, "no runtime comes: the test shows nothing")
     begun = time.monotonic()
     assert shell(api, runc_container, "echo here") == "here"

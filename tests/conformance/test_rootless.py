@@ -14,6 +14,7 @@ import pytest
 
 from execgate import Client, Conflict, ConsoleSize, NotFound, OnDisconnect, Output, SessionState
 from execgate.model.options import ExecOptions
+from support.access import EVERYTHING, rule
 from support.errors import HostError
 from support.leaks import assert_no_leaks, footprint
 from support.rootless import RootlessUser
@@ -42,7 +43,14 @@ def user() -> Iterator[RootlessUser]:
 
 
 @pytest.fixture(scope="module")
-def service(user: RootlessUser) -> Iterator[Service]:
+def token(user: RootlessUser) -> str:
+    """What the tests show a service of the user: in the user's namespace root, who runs them, is nobody in particular."""
+    user.allow(rule("all", ["token:tests"], **EVERYTHING))
+    return user.execgate("token", "create", "tests").strip()
+
+
+@pytest.fixture(scope="module")
+def service(user: RootlessUser, token: str) -> Iterator[Service]:  # noqa: ARG001
     """The service of the user: it must stop as promised, with a clean log."""
     service = user.start_service(RUNTIMES)
     yield service
@@ -59,9 +67,8 @@ def container(request: pytest.FixtureRequest, user: RootlessUser) -> RootlessCon
 
 
 @pytest.fixture
-async def client(service: Service) -> AsyncIterator[Client]:
-    """A client of root's: what the socket's mode lets in besides the user."""
-    async with Client(service.host) as client:
+async def client(service: Service, token: str) -> AsyncIterator[Client]:
+    async with Client(service.host, token=token) as client:
         before = footprint(service)
         yield client
     await asyncio.to_thread(assert_no_leaks, service, before)
@@ -83,6 +90,20 @@ async def test_the_service_lives_where_podman_does(
     assert service.socket.stat().st_uid == user.uid
     (found,) = [one for one in await client.containers() if one.id == container.id]
     assert (found.state, found.pid) == ("running", container.init)
+
+
+async def test_without_a_policy_the_service_is_the_users_alone(
+    user: RootlessUser, container: RootlessContainer, token: str
+) -> None:
+    """Root can connect, and in the user's namespace is one of those who have no number there: it sees nothing."""
+    with user.without_policy():
+        async with running(user) as service, Client(service.host) as roots, Client(service.host, token=token) as known:
+            assert user.execgate("exec", "--host", service.host, container.id, "id", "-u") == "0\n"
+            for client in (roots, known):
+                assert await client.containers() == []
+                with pytest.raises(NotFound):
+                    await client.create(container.id, ["true"])
+            service.stop()
 
 
 PROBES = {
@@ -217,11 +238,11 @@ def sleepers(container: RootlessContainer) -> set[str]:
     return {argv[1] for argv in running if argv[0] == "sleep"}
 
 
-async def test_sessions_outlive_the_service(user: RootlessUser, container: RootlessContainer) -> None:
+async def test_sessions_outlive_the_service(user: RootlessUser, container: RootlessContainer, token: str) -> None:
     """After SIGKILL the next service has the terminal's process, the pipe of another, and the exit code of a third."""
     echo = ["sh", "-c", 'while read line; do echo "got $line"; done; exit 6']
     late = ["sh", "-c", "until [ -e /tmp/go ]; do sleep 0.02; done; echo late; exit 7"]
-    async with running(user) as first, Client(first.host) as client, asyncio.timeout(60):
+    async with running(user) as first, Client(first.host, token=token) as client, asyncio.timeout(60):
         terminal = await client.create(
             container.id, echo, tty=True, attach_stdin=True, on_disconnect=OnDisconnect.KEEP, user="app"
         )
@@ -233,7 +254,7 @@ async def test_sessions_outlive_the_service(user: RootlessUser, container: Rootl
         for session in (pipe, brief):
             await client.start_detached(session)
         first.kill()
-    async with running(user) as second, Client(second.host) as client, asyncio.timeout(60):
+    async with running(user) as second, Client(second.host, token=token) as client, asyncio.timeout(60):
         assert (await client.inspect(terminal)).state is SessionState.RUNNING
         await client.kill(terminal)
         assert (await client.wait(terminal)).exit_code == 137
@@ -256,11 +277,11 @@ async def running(user: RootlessUser) -> AsyncIterator[Service]:
 
 
 async def test_the_namespaces_are_found_without_podmans_process(
-    user: RootlessUser, container: RootlessContainer
+    user: RootlessUser, container: RootlessContainer, token: str
 ) -> None:
     """Its end ends no container. The next podman command, which the service runs, finds them by their monitors."""
     user.end_pause_process()
-    async with running(user) as service, Client(service.host) as client:
+    async with running(user) as service, Client(service.host, token=token) as client:
         answer = await client.run(container.id, ["id", "-u"])
         assert (answer.stdout, answer.exit_code) == (b"0\n", 0)
         assert namespace(service.pid, "user") == namespace(container.init, "user")

@@ -19,18 +19,19 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import execgate
+from support.access import write_policy
 from support.bundle import SLEEP_FOREVER
 from support.cgroups import Cgroup2View, is_pure_cgroup2
 from support.errors import HostError
 from support.notify import NotifySocket
 from support.programs import run_program
 from support.rootfs import build_rootfs
-from support.service import READY_TIMEOUT, Service
+from support.service import POLICY, READY_TIMEOUT, Service
 
 IMAGE = "localhost/execgate-test:1"
 _PROGRAMS = {"podman": "podman", "newuidmap": "uidmap", "newgidmap": "uidmap", "setpriv": "util-linux"}
@@ -83,6 +84,10 @@ class RootlessUser:
     def runtime_dir(self) -> Path:
         """What XDG_RUNTIME_DIR says."""
         return self.directory / "run"
+
+    @property
+    def _configuration(self) -> Path:
+        return self.home / ".config/execgate"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -138,6 +143,26 @@ class RootlessUser:
             service.kill()
             raise HostError(f"execgate serve, rootless: {error}\n{service.log()[-4000:]}") from error
         return service
+
+    def execgate(self, *arguments: str | Path) -> str:
+        """Run execgate's own command as the user, outside of Podman's namespaces, and return its output."""
+        return self.run(*self._python(), "-m", "execgate", *arguments)
+
+    def allow(self, *rules: str) -> None:
+        """Give the user a policy of these rules, where their services look for it."""
+        path = write_policy(self._configuration, *rules)
+        for one in (path.parent, path):
+            self._give(one)
+
+    @contextlib.contextmanager
+    def without_policy(self) -> Iterator[None]:
+        """Have the services that are started in here find no policy."""
+        path = self._configuration / POLICY
+        aside = path.rename(path.with_suffix(".aside"))
+        try:
+            yield
+        finally:
+            aside.rename(path)
 
     def end_pause_process(self) -> None:
         """End the process by which Podman, up to version 5, finds its namespaces, as a rough clean-up would."""
