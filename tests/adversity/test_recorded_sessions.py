@@ -222,7 +222,11 @@ def crash_in_the_midst(service: Service, api: RawApi, session: str, times: int) 
 
 @pytest.mark.parametrize("tty", [False, True])
 def test_the_worker_is_killed(new_service: NewService, container: TestContainer, directory: Path, *, tty: bool) -> None:
-    """The same file goes on; what is missing is missing where it says so, and nothing is there twice."""
+    """The same file goes on; what is missing is missing where it says so, and nothing is there twice.
+
+    It says so at least once: a worker that is killed within a second of its predecessor may take its own word with it,
+    with all that stood behind that.
+    """
     service, recordings = recording_service(new_service, directory)
     api = RawApi(service.socket)
     session = api.create(container.id, "sh", "-c", f"{SLOW_LINES}; exit 9", Tty=tty)
@@ -230,10 +234,11 @@ def test_the_worker_is_killed(new_service: NewService, container: TestContainer,
     crash_in_the_midst(service, api, session, 3)
     assert api.wait_stopped(session, timeout=120)["ExitCode"] == 9
     found = recordings.of(session)
-    assert found.notes[:-1] == [RESTARTED] * 3
+    assert set(found.notes[:-1]) == {RESTARTED}
+    assert len(found.notes[:-1]) <= 3
     assert found.notes[-1].startswith("exit code 9 (")
     parts = split_at(found, RESTARTED)
-    assert len(parts) == 4
+    assert len(parts) == len(found.notes)
     position, missing = 0, 0
     for part in parts:
         text = part.replace(b"\r\n", b"\n")

@@ -44,13 +44,13 @@ def user() -> Iterator[RootlessUser]:
 
 @pytest.fixture(scope="module")
 def token(user: RootlessUser) -> str:
-    """What the tests show a service of the user: in the user's namespace root, who runs them, is nobody in particular."""
+    """What the tests show a service of the user: root, who runs them, is nobody in the user's namespace."""
     user.allow(rule("all", ["token:tests"], **EVERYTHING))
     return user.execgate("token", "create", "tests").strip()
 
 
 @pytest.fixture(scope="module")
-def service(user: RootlessUser, token: str) -> Iterator[Service]:  # noqa: ARG001
+def service(user: RootlessUser, token: str) -> Iterator[Service]:
     """The service of the user: it must stop as promised, with a clean log."""
     service = user.start_service(RUNTIMES)
     yield service

@@ -263,15 +263,18 @@ class LiveSession:
         try:
             await self._execution().abort()
         finally:
-            self.fail(StartFailed(reason, 128))
+            await self.fail(StartFailed(reason, 128))
 
-    def fail(self, error: StartFailed) -> None:
+    async def fail(self, error: StartFailed) -> None:
         """End the session as one that never ran."""
         status = ExitStatus(error.exit_code, ExitSource.START_FAILURE)
         self._recording.finish(status, error.message)
-        self._end(status, error=error.message)
-        self.backlog.finish()
-        self._settle()
+        try:
+            await self._recording.closed()  # as in `_attend`
+        finally:
+            self._end(status, error=error.message)
+            self.backlog.finish()
+            self._settle()
 
     async def close(self) -> None:
         """Part from it; the process lives on."""
@@ -421,7 +424,7 @@ class LiveSession:
         except StartFailed as error:
             name = self.session.container.name
             log.info("exec %s in %s did not start: %s", self.session.id[:12], name, error.message)
-            self.fail(error)
+            await self.fail(error)
             raise
         self.session = self._ledger.running(self.session, process, execution.monitor)
         self.started = True

@@ -678,7 +678,7 @@ class SessionManager:
                 raise
             except BaseException as error:
                 if begun is not None:
-                    begun.fail(StartFailed(str(error), 128))
+                    await begun.fail(StartFailed(str(error), 128))
                 else:  # nothing was begun, and it may be started again
                     recording.discard()
                 raise
