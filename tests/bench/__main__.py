@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     begin = time.monotonic()
     engines = [*find_engines(DOCKERD, options.dockerd), *find_engines(PODMAN, options.podman)]
-    with open_arena(options.contestant or NAMES, options.runtime or list(RUNTIMES), engines, _say) as arena:
+    names, runtimes = options.contestant or NAMES, options.runtime or list(RUNTIMES)
+    with open_arena(names, runtimes, engines, _say, options.conmon) as arena:
         results = measure(arena, engines, options)
         results.machine = {**results.machine, "load after": machine.load()}
         # Before everything is ended: what goes wrong with that must not cost the figures.
@@ -47,7 +48,9 @@ def measure(arena: Arena, engines: Sequence[EngineProgram], options: argparse.Na
     """Take every measure that is asked for of all contestants."""
     turns = Turns(_say)
     measures = options.only or MEASURES
-    results = Results(machine.describe(), machine.versions(engines), _plain(options), arena.absent, turns.failures)
+    results = Results(
+        machine.describe(), machine.versions(engines, options.conmon), _plain(options), arena.absent, turns.failures
+    )
     if "memory" in measures:
         results.memory = turns.memory(arena.served, options.sessions)
     if "latency" in measures:
@@ -76,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in (DOCKERD, PODMAN):
         what = f"one more {name}, beside those on the PATH (repeatable)"
         parser.add_argument(f"--{name}", action="append", type=_program, default=[], help=what, metavar="PROGRAM")
+    what = "one more conmon for execgate, beside the one on the PATH, told from it by its file name (repeatable)"
+    parser.add_argument("--conmon", action="append", type=_program, default=[], help=what, metavar="PROGRAM")
     parser.add_argument("--rounds", type=_positive, default=5, help="rounds of rate and throughput (%(default)s)")
     parser.add_argument("--latency-rounds", type=_positive, default=100, help="rounds of latency (%(default)s)")
     parser.add_argument("--seconds", type=float, default=1.5, help="length of one turn of rate (%(default)s)")
@@ -102,7 +107,7 @@ def _program(text: str) -> Path:
 def _plain(options: argparse.Namespace) -> dict[str, object]:
     """Return the options as JSON has them; where the samples go is none of their properties."""
     plain = {name: value for name, value in vars(options).items() if name != "json"}
-    return plain | {name: [str(path) for path in plain[name]] for name in (DOCKERD, PODMAN)}
+    return plain | {name: [str(path) for path in plain[name]] for name in (DOCKERD, PODMAN, "conmon")}
 
 
 def _say(text: str) -> None:

@@ -17,6 +17,7 @@ from bench.contestants import (
     Contestant,
     RuntimeAlone,
     Served,
+    with_conmon,
 )
 from bench.engines import ENGINES, EngineProgram
 from bench.places import Place, temporary_place
@@ -32,6 +33,7 @@ NAMES = (RUNTIME_ALONE, CONMON_ALONE, SPLICE_ALONE, EXECGATE, GUARDED, *ENGINES)
 RUNTIMES: dict[str, Callable[[Path], RuntimeHost]] = {"runc": runc_host, "crun": crun_host}
 
 RULES = 100
+_BENCH_RULE = rule("bench", ["uid:0"], host_equivalent=True, max_time="1h", argv=[["sh", "**"], ["true"]])
 
 _FAILURES = (HostError, ApiError, OSError, subprocess.SubprocessError)
 
@@ -55,16 +57,23 @@ class Arena:
 
 @contextlib.contextmanager
 def open_arena(
-    names: Collection[str], runtimes: Collection[str], engines: Sequence[EngineProgram], say: Callable[[str], None]
+    names: Collection[str],
+    runtimes: Collection[str],
+    engines: Sequence[EngineProgram],
+    say: Callable[[str], None],
+    conmons: Sequence[Path] = (),
 ) -> Iterator[Arena]:
-    """Start what is asked for. What does not start is told in `absent`, and the rest goes on without it."""
+    """Start what is asked for. What does not start is told in `absent`, and the rest goes on without it.
+
+    `conmons` are monitors beside the one on the PATH: where execgate takes part it does so with each of them.
+    """
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(temporary_place())
         arena = Arena()
         for runtime, make_host in RUNTIMES.items():
             if runtime in runtimes:
                 chosen = [engine for engine in engines if engine.kind in names]
-                _open_runtime(arena, stack, home, make_host, runtime, names, chosen, say)
+                _open_runtime(arena, stack, home, make_host, runtime, names, chosen, conmons, say)
         yield arena
 
 
@@ -76,6 +85,7 @@ def _open_runtime(
     runtime: str,
     names: Collection[str],
     engines: Sequence[EngineProgram],
+    conmons: Sequence[Path],
     say: Callable[[str], None],
 ) -> None:
     try:
@@ -95,6 +105,9 @@ def _open_runtime(
         GUARDED: lambda: _start_guarded(stack, home.make(f"gd-{runtime}"), container),
     }
     starts = {name: start for name, start in starts.items() if name in names}
+    for number, conmon in enumerate(conmons if EXECGATE in names else ()):
+        name, env = with_conmon(conmon), {"EXECGATE_CONMON": str(conmon)}
+        starts[name] = partial(_start_execgate, stack, home.make(f"eg-{number}-{runtime}"), container, name, env)
     for number, engine in enumerate(engines):
         # The path of a socket is bounded, so a place has a number and not the engine's name.
         place = f"{engine.kind}-{number}-{runtime}"
@@ -132,7 +145,7 @@ def _start_guarded(stack: contextlib.ExitStack, place: Place, container: TestCon
         rule(f"team-{number}", ["uid:0"], containers=["*"], users=["1000-1999"], argv=[["ls", "**"]])
         for number in range(RULES - 1)
     ]
-    write_policy(place.memory, *others, rule("bench", ["uid:0"], max_time="1h", argv=[["sh", "**"], ["true"]]))
+    write_policy(place.memory, *others, _BENCH_RULE)
     audit = {"EXECGATE_AUDIT_FILE": str(place.disk / "audit.log"), "EXECGATE_AUDIT_STRICT": "true"}
     return _start_execgate(stack, place, container, GUARDED, audit)
 

@@ -26,8 +26,16 @@ CONMON_ALONE = "conmon alone"
 DOCKERD = "dockerd"
 PODMAN = "podman"
 
+WITH_CONMON = f"{EXECGATE}, with "
+"""How the names of contestants begin that are execgate with another conmon."""
+
 Exec = Callable[[], None]
 """One exec, from its beginning until its exit code is known and right; an ApiError or HostError otherwise."""
+
+
+def with_conmon(conmon: Path) -> str:
+    """Return the name of execgate with this conmon, which its file's name tells from others."""
+    return f"{WITH_CONMON}{conmon.name}"
 
 
 class Named(Protocol):

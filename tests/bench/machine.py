@@ -2,12 +2,14 @@
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import execgate
+from bench.contestants import with_conmon
 from bench.engines import EngineProgram
 from bench.places import memory_file_system
 from support.errors import HostError
@@ -30,11 +32,15 @@ def describe() -> dict[str, str]:
     }
 
 
-def versions(engines: Iterable[EngineProgram]) -> dict[str, str]:
+def versions(engines: Iterable[EngineProgram], conmons: Iterable[Path] = ()) -> dict[str, str]:
     """Return the versions of everything that takes part, as its own words or "none"."""
-    found = {"execgate": f"{execgate.__version__}{_commit()}", "python": platform.python_version()}
+    found = {
+        "execgate": f"{execgate.__version__}{_commit()}",
+        "python": f"{platform.python_version()}, {Path(sys.executable).resolve()}",
+    }
     found |= {name: _package(name) for name in _PACKAGES}
     found |= {name: _program(name) for name in _PROGRAMS}
+    found |= {with_conmon(path): version_of(path) for path in conmons}
     return found | {
         one.name: f"{version_of(one.path)}, {one.path}" if one.path else _program(one.kind) for one in engines
     }

@@ -6,7 +6,7 @@ Each target is a ratio or a difference within one run, so that it can be held ag
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.contestants import DOCKERD, EXECGATE, GUARDED, PODMAN, RUNTIME_ALONE
+from bench.contestants import DOCKERD, EXECGATE, GUARDED, PODMAN, RUNTIME_ALONE, WITH_CONMON
 from bench.interactive import Felt
 from bench.measures import Flow, IdleMemory
 from bench.relay import SPLICE_ALONE
@@ -52,8 +52,8 @@ def of(label: str, name: str, runtime: str | None = None) -> str:
 
 
 def own(samples: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Return execgate's labels, and the runtime of each."""
-    labels = [label for label in samples if label.startswith(f"{EXECGATE} (")]
+    """Return execgate's labels, with whatever conmon, and the runtime of each."""
+    labels = [label for label in samples if label.startswith((f"{EXECGATE} (", WITH_CONMON))]
     return [(label, label.rpartition("(")[2].rstrip(")")) for label in labels]
 
 
@@ -65,7 +65,7 @@ def latency(samples: Mapping[str, Samples]) -> Iterator[Verdict]:
             target = f"{label}: an exec costs at most {OWN_COST * 1000:g} ms more than the runtime alone"
             yield Verdict(target, f"{cost * 1000:.1f} ms", cost <= OWN_COST)
         gate = paired_difference(samples.get(of(label, GUARDED), ()), samples[label])
-        if gate is not None:
+        if gate is not None and not label.startswith(WITH_CONMON):
             target = f"{label}: policy and audit cost an exec less than {GATE_COST * 1000:g} ms"
             yield Verdict(target, f"{gate * 1000:.2f} ms", gate < GATE_COST)
         factor = paired_ratio(samples.get(of(label, DOCKERD, "runc"), ()), samples[label])
