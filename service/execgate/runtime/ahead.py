@@ -9,7 +9,7 @@ by the start, which then spawns another.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from execgate.model.errors import ExecgateError
@@ -36,7 +36,7 @@ class _Begun(Generic[_T]):
 
     def suits(self, request: ExecRequest) -> bool:
         """Return whether it is what `request` needs; what is to run is said later."""
-        return self.request.tty == request.tty and self.request == replace(request, process=self.request.process)
+        return self.request.tty == request.tty and self.request == request
 
 
 class Ahead(Generic[_T]):
