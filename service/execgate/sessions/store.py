@@ -41,7 +41,7 @@ CREATE TABLE session (
     state      TEXT NOT NULL,
     created_at REAL NOT NULL,
     record     TEXT NOT NULL
-) WITHOUT ROWID;
+);
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 _BUSY_TIMEOUT = 2.0
