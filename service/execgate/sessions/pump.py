@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from execgate.model.session import ByteCounts
 from execgate.runtime.streams import (
@@ -63,6 +63,11 @@ class Conduit(Inflow, Protocol):
 
     async def send_waiting(self, waiting: Waiting) -> None:
         """As `Client.send`; but all is left in the pipe, and `waiting` still knows it, when it raises ClientGone."""
+
+
+def _conduit(client: Client) -> Conduit | None:
+    """Return a client as a conduit, if it is one. Asked of its class: that answer is kept, of an object it is not."""
+    return cast("Conduit", client) if issubclass(type(client), Conduit) else None
 
 
 class Departure(Enum):
@@ -213,7 +218,7 @@ class Pump:
     ) -> None:
         """Take the client that the process waits for, and what carries its input; before `run`."""
         self._client, self._wanted, self._left = client, wanted, left
-        self._conduit = client if isinstance(client, Conduit) else None
+        self._conduit = _conduit(client)
         self._feeding = asyncio.ensure_future(self._feed(feeder))
 
     async def run(self, exited: asyncio.Future[Any], drain: float) -> None:
@@ -334,7 +339,7 @@ class Feeder:
         self._client = client
         self._stdin = stdin
         self._keys = DetachFilter(detach_keys, withheld)
-        self._conduit = client if not detach_keys and isinstance(client, Conduit) else None
+        self._conduit = _conduit(client) if not detach_keys else None
 
     @property
     def withheld(self) -> bytes:
