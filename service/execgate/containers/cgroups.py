@@ -54,7 +54,7 @@ def memberships(pid: int | str) -> Mapping[str, str]:
 
     Empty when the process is gone.
     """
-    return _parsed_memberships(read_kernel(f"/proc/{pid}/cgroup") or b"")
+    return _parsed_memberships(read_kernel(f"/proc/{pid}/cgroup", single=True) or b"")
 
 
 @functools.lru_cache(maxsize=128)
@@ -165,7 +165,7 @@ def _is_frozen_v2(cgroup: Cgroup) -> bool:
 
 
 def _text(path: str) -> str:
-    return (read_kernel(path) or b"").decode("ascii", "replace").strip()
+    return (read_kernel(path, single=True) or b"").decode("ascii", "replace").strip()
 
 
 def _children(directory: str) -> list[str]:
