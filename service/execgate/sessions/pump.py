@@ -219,11 +219,11 @@ class Pump:
         """Take the client that the process waits for, and what carries its input; before `run`."""
         self._client, self._wanted, self._left = client, wanted, left
         self._conduit = _conduit(client)
-        self._feeding = asyncio.ensure_future(self._feed(feeder))
+        self._feeding = asyncio.create_task(self._feed(feeder))
 
     async def run(self, exited: asyncio.Future[Any], drain: float) -> None:
         """Pump until the process has ended and every output too, at most `drain` seconds after `exited` is done."""
-        tasks = [asyncio.ensure_future(self._forward(output)) for output in self._outputs]
+        tasks = [asyncio.create_task(self._forward(output)) for output in self._outputs]
         cut: asyncio.TimerHandle | None = None
 
         def arm(_exited: asyncio.Future[Any]) -> None:
@@ -240,10 +240,7 @@ class Pump:
             if cut is not None:
                 cut.cancel()
             self._left = lambda _: None  # what ends now is over, or the next service's
-            helpers = [*tasks, self._feeding] if self._feeding is not None else tasks
-            for task in helpers:
-                task.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
+            await end_all(*tasks, *([self._feeding] if self._feeding is not None else []))
             self._backlog.close()
 
     def hush(self) -> None:
@@ -401,3 +398,12 @@ class Follower:
                 self.offset = chunk.end  # before it is sent: it is accepted at once, and cannot be sent twice
                 if chunk.stream in self.wanted:
                     await self._client.send(chunk.stream, chunk.data)
+
+
+async def end_all(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel what is not done, and have nothing of it left."""
+    left = [task for task in tasks if not task.done() or task.cancelled() or task.exception()]  # most have succeeded
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.gather(*left, return_exceptions=True)
