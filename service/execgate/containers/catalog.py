@@ -29,7 +29,7 @@ import re
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from execgate.containers import proc
@@ -151,10 +151,12 @@ class Catalog:
     def spec(self, container: Container) -> Mapping[str, Any]:
         """Return the parsed config.json of a container; it is shared, so treat it as frozen, all the way down.
 
-        Raises NotFound when there is none, Internal when it is unusable.
+        It is read from where it was when the container was last looked up. Raises NotFound when there is none,
+        Internal when it is unusable.
         """
         with self._lock:
-            entry = self._by_id(self._shelves, container.id, _to_anybody)
+            of_engine = (shelf for shelf in self._shelves if shelf.source.engine is container.engine)
+            entry = next((shelf.entries[container.id] for shelf in of_engine if container.id in shelf.entries), None)
             path = entry.spec_path if entry is not None else f"{container.bundle}/config.json"
             try:
                 return self._specs.read(path)[0]
@@ -318,7 +320,7 @@ def _observe(entry: Entry) -> Container:
     """Return a container with the kernel's view of it."""
     if entry.init is None or not proc.is_alive(entry.init):
         return entry.container
-    return replace(entry.container, init=entry.init, status=_status(entry, entry.init))
+    return entry.living(_status(entry, entry.init))
 
 
 def _status(entry: Entry, init: ProcessIdentity) -> ContainerStatus:

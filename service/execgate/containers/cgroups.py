@@ -54,7 +54,7 @@ def memberships(pid: int | str) -> Mapping[str, str]:
 
     Empty when the process is gone.
     """
-    return _parsed_memberships(read_kernel(f"/proc/{pid}/cgroup") or b"")
+    return _parsed_memberships(read_kernel(f"/proc/{pid}/cgroup", single=True) or b"")
 
 
 @functools.lru_cache(maxsize=128)
@@ -70,11 +70,11 @@ def _parsed_memberships(text: bytes) -> Mapping[str, str]:
 
 def find(controller: str, path: str) -> Cgroup | None:
     """Return the directory of a cgroup, given its path in `memberships`; None when it is not mounted."""
-    found = _find_in(_mounts(), controller, path)
+    found = _first_there(_places(controller, path))
     if found is None:
         # The mounts may have changed since they were read. A wrong cache can only miss: a hit was looked at.
-        _mounts.cache_clear()
-        found = _find_in(_mounts(), controller, path)
+        _forget_mounts()
+        found = _first_there(_places(controller, path))
     return found
 
 
@@ -121,17 +121,23 @@ def _mounts() -> tuple[CgroupMount, ...]:
     return parse_mounts(read_kernel("/proc/self/mountinfo") or b"")
 
 
-def _find_in(mounts: tuple[CgroupMount, ...], controller: str, path: str) -> Cgroup | None:
-    for mount in mounts:
-        rest = below(mount.root, path) if controller in mount.controllers else None
-        if rest is None:
-            continue
-        directory = f"{mount.point}/{rest}".rstrip("/")
-        # cgroup.procs is in every cgroup of both versions, and in no directory that a later mount hides it
-        # with.
-        if os.access(f"{directory}/cgroup.procs", os.F_OK):
-            return Cgroup(directory, mount.point)
-    return None
+def _forget_mounts() -> None:
+    _mounts.cache_clear()
+    _places.cache_clear()
+
+
+@functools.lru_cache(maxsize=128)
+def _places(controller: str, path: str) -> tuple[Cgroup, ...]:
+    """Return where a cgroup would be in each mount of its hierarchy."""
+    mounts = [mount for mount in _mounts() if controller in mount.controllers]
+    rests = [(mount.point, below(mount.root, path)) for mount in mounts]
+    return tuple(Cgroup(f"{point}/{rest}".rstrip("/"), point) for point, rest in rests if rest is not None)
+
+
+def _first_there(places: tuple[Cgroup, ...]) -> Cgroup | None:
+    # cgroup.procs is in every cgroup of both versions, and in no directory that a later mount hides it with.
+    there = (place for place in places if os.access(f"{place.directory}/cgroup.procs", os.F_OK))
+    return next(there, None)
 
 
 def _parse_mount(line: bytes) -> CgroupMount | None:
@@ -159,7 +165,7 @@ def _is_frozen_v2(cgroup: Cgroup) -> bool:
 
 
 def _text(path: str) -> str:
-    return (read_kernel(path) or b"").decode("ascii", "replace").strip()
+    return (read_kernel(path, single=True) or b"").decode("ascii", "replace").strip()
 
 
 def _children(directory: str) -> list[str]:

@@ -1,12 +1,12 @@
 """What is on disk about one container: an engine's record and a runtime's state, put together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from execgate.containers.files import is_settled, key_or_none
 from execgate.containers.states import Source
-from execgate.model.container import Container, EngineName
+from execgate.model.container import Container, ContainerStatus, EngineName
 from execgate.model.ids import ContainerId
 from execgate.model.process import ProcessIdentity
 
@@ -31,6 +31,7 @@ class Entry:
     exec_fifo: str = ""
     flaw: str = ""
     hidden: bool = False
+    _living: dict[ContainerStatus, Container] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def id(self) -> ContainerId:
@@ -41,6 +42,13 @@ class Entry:
     def names(self) -> tuple[str, ...]:
         """What it answers to, its name first."""
         return (self.container.name, *self.container.aliases)
+
+    def living(self, status: ContainerStatus) -> Container:
+        """Return the container with its process, in a status: the same object each time."""
+        known = self._living.get(status)
+        if known is None:
+            known = self._living[status] = replace(self.container, init=self.init, status=status)
+        return known
 
     def holds(self) -> bool:
         """Return whether every file it was made from is the one it was."""

@@ -29,6 +29,8 @@ SETTLED_NS = 100_000_000
 where the file system gives the same inode again. So a key tells changes only of what has been the same for this long.
 """
 
+_PIECE = 1 << 16
+
 _GONE = {errno.ENOENT, errno.ESRCH, errno.ENOTDIR}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -138,11 +140,12 @@ def parse_json(data: bytes | str) -> Any:
     return value
 
 
-def read_kernel(path: str) -> bytes | None:
+def read_kernel(path: str, *, single: bool = False) -> bytes | None:
     """Return a file of /proc or of a cgroup whole; None when it, or its process, is gone.
 
-    Raises Unavailable and Internal as `translate` does. The kernel bounds these files; the deepest are
-    mountinfo and cgroup.procs.
+    `single`: it is one that the kernel shows in one piece (single_open or seq_show in its source, not seq_next), so
+    that one read has all of it. Raises Unavailable and Internal as `translate` does. The kernel bounds these files; the
+    deepest are mountinfo and cgroup.procs.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -150,7 +153,8 @@ def read_kernel(path: str) -> bytes | None:
         _raise_unless_gone(error, path)
         return None
     try:
-        return read_bounded(fd, 1 << 26)
+        data = os.read(fd, _PIECE)
+        return data if single and len(data) < _PIECE else data + read_bounded(fd, 1 << 26)
     except OSError as error:
         if error.errno != errno.ENODEV:  # the cgroup was removed after the open
             _raise_unless_gone(error, path)

@@ -58,7 +58,7 @@ def is_alive(process: ProcessIdentity) -> bool:
 
 def namespace_pid(process: ProcessIdentity) -> int | None:
     """Return the pid of a process as its own pid namespace has it; None when it is gone."""
-    for line in (read_kernel(f"/proc/{process.pid}/status") or b"").splitlines():
+    for line in (read_kernel(f"/proc/{process.pid}/status", single=True) or b"").splitlines():
         name, _, value = line.partition(b":")
         if name == b"NSpid":
             return int(value.split()[-1]) if is_alive(process) else None
@@ -71,7 +71,8 @@ def limits(pid: int) -> dict[str, tuple[int, int]]:
     RLIMIT_NOFILE is always among them, because the service raises its own. A hard limit above ours takes
     CAP_SYS_RESOURCE: without it, ours is returned instead. Empty when the process is gone.
     """
-    return dict(_differing(read_kernel(f"/proc/{pid}/limits") or b"", _required("/proc/self/limits").encode()))
+    theirs, ours = read_kernel(f"/proc/{pid}/limits", single=True) or b"", _required("/proc/self/limits")
+    return dict(_differing(theirs, ours.encode()))
 
 
 @functools.lru_cache(maxsize=32)
@@ -172,7 +173,7 @@ def pids_in_cgroup(pid: int) -> list[int]:
 
 def _stat(pid: int) -> tuple[str, int] | None:
     """Return state and start time."""
-    data = read_kernel(f"/proc/{pid}/stat") if pid > 0 else None
+    data = read_kernel(f"/proc/{pid}/stat", single=True) if pid > 0 else None
     if not data:
         return None
     # The second field is the program's name in parentheses, and may itself hold spaces and parentheses:
@@ -240,7 +241,7 @@ def _all_pids() -> list[int]:
 
 
 def _required(path: str) -> str:
-    data = read_kernel(path)
+    data = read_kernel(path, single=True)
     if data is None:
         raise Internal("the host cannot be read", hint=f"{path} is missing: is /proc mounted?")
     return data.decode("ascii", "replace")

@@ -28,7 +28,7 @@ from execgate.sessions import oneshot
 from execgate.sessions.backlog import Backlog
 from execgate.sessions.events import EventBus
 from execgate.sessions.live import BOTH, AttachedClient
-from execgate.sessions.manager import SessionManager
+from execgate.sessions.manager import SessionManager, Spec
 
 
 class Journal(Protocol):
@@ -126,14 +126,14 @@ class Access:
         """See `SessionManager.create`."""
         return await self._sessions.create(container_ref, config, self)
 
-    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
+    def grant(self, container: Container, spec: Spec, config: ExecConfig, user: ResolvedUser) -> Grant:
         """See `sessions.manager.Caller`."""
-        asked = self._asked(container, config, user)
+        asked = self._asked(container, spec, config, user)
         outcome = self._policy.decide(self.principal, asked)
         self._gate.journal.decided(self.principal, container, asked, outcome)
         return _granted(outcome, container)
 
-    def confirm(self, container: Container, session: ExecSession) -> None:
+    def confirm(self, container: Container, spec: Spec, session: ExecSession) -> None:
         """See `sessions.manager.Caller`: what was stored is decided on by the rules, and in the container, of today."""
         if session.owner != self.principal.id:
             # Its owner's rule has said what may run, and another one that we may start it.
@@ -143,7 +143,7 @@ class Access:
                     hint=f"rule {session.rule} is gone; {self.principal.id} would start it for {session.owner}",
                 )
             return
-        asked = self._asked(container, session.config, session.user)
+        asked = self._asked(container, spec, session.config, session.user)
         outcome = self._policy.decide(self.principal, asked)
         if isinstance(outcome, Grant) and not _is_bound_by(session, outcome):
             outcome = _outdated(session, outcome)
@@ -297,9 +297,9 @@ class Access:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _asked(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Asked:
+    def _asked(self, container: Container, spec: Spec, config: ExecConfig, user: ResolvedUser) -> Asked:
         """Return an exec as it would run."""
-        host_equivalent = self._gate.host_equivalent(container, self._gate.catalog.spec(container))
+        host_equivalent = self._gate.host_equivalent(container, spec)
         return Asked(target=target_of(container), config=config, user=user, host_equivalent=host_equivalent)
 
     def _shows(self, container: Container) -> bool:

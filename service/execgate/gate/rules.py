@@ -154,12 +154,10 @@ class Rule:
         on_disconnect = config.on_disconnect
         if on_disconnect is OnDisconnect.DOCKER and self.on_disconnect:
             on_disconnect = self.on_disconnect[0]
-        return replace(
-            config,
-            timeout=config.timeout or self.max_time,
-            idle_timeout=config.idle_timeout or self.idle_time,
-            on_disconnect=on_disconnect,
-        )
+        timeout, idle_timeout = config.timeout or self.max_time, config.idle_timeout or self.idle_time
+        if (timeout, idle_timeout, on_disconnect) == (config.timeout, config.idle_timeout, config.on_disconnect):
+            return config  # nothing to add, as for most execs
+        return replace(config, timeout=timeout, idle_timeout=idle_timeout, on_disconnect=on_disconnect)
 
 
 class Failure(NamedTuple):

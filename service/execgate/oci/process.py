@@ -113,7 +113,8 @@ def _unreadable(what: str) -> Internal:
 
 
 def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    # Of a long environment, at every exec. What JSON calls a text is a str and nothing derived from it.
+    return isinstance(value, list) and {str}.issuperset(map(type, value))
 
 
 def _is_capabilities(value: object) -> bool:

@@ -9,7 +9,7 @@ by the start, which then spawns another.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from execgate.model.errors import ExecgateError
@@ -36,7 +36,7 @@ class _Begun(Generic[_T]):
 
     def suits(self, request: ExecRequest) -> bool:
         """Return whether it is what `request` needs; what is to run is said later."""
-        return self.request.tty == request.tty and self.request == replace(request, process=self.request.process)
+        return self.request.tty == request.tty and self.request == request
 
 
 class Ahead(Generic[_T]):
@@ -54,7 +54,7 @@ class Ahead(Generic[_T]):
         session_id = request.session_id
         if self._closed or session_id in self._begun or len(self._begun) >= _MOST:
             return
-        task = asyncio.ensure_future(self._made(request))
+        task = asyncio.create_task(self._made(request))
         timer = asyncio.get_running_loop().call_later(_PATIENCE, self._drop, session_id)
         self._begun[session_id] = _Begun(request, task, timer)
 
@@ -98,7 +98,7 @@ class Ahead(Generic[_T]):
         self._end_soon(session_id, begun)
 
     def _end_soon(self, session_id: SessionId, begun: _Begun[_T]) -> "asyncio.Task[None]":
-        task = self._ending[session_id] = asyncio.ensure_future(self._end(begun))
+        task = self._ending[session_id] = asyncio.create_task(self._end(begun))
         task.add_done_callback(lambda _: self._ending.pop(session_id))
         return task
 

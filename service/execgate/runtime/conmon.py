@@ -293,8 +293,7 @@ class ConmonExec:
         if message is None or message.data is None or message.data <= 0:
             raise await self._start_failure(message)
         forget_process(self.directory, self._process_file)
-        self._process = pidfd.identify(message.data) or ProcessIdentity(message.data, 0)
-        self._pidfd = pidfd.open_pidfd(self._process)
+        self._process, self._pidfd = pidfd.hold(message.data)
         if self._pidfd is not None:
             self._keep({Role.PROCESS: self._pidfd.fileno()})
         self.tree = ProcessTree(self._cgroups, self._request.session_id, self._process)

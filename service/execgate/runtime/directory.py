@@ -35,6 +35,8 @@ _HELD = "held"
 _LEFT = ("pid", _HELD, "oci-log")
 """What a process without a terminal leaves behind that was started, beside the directory of the exit file."""
 
+_AS_IT_IS = json.JSONEncoder(ensure_ascii=False)  # made once: json.dumps makes one at each call that is not plain
+
 _CONSOLE_SOCKET_NAME = "/conmon-term.XXXXXX"
 """conmon makes a socket of this name in it; with that the path must fit sun_path."""
 
@@ -73,7 +75,7 @@ def write_files(directory: Path, held: Held, process_file: str, process: Mapping
     fields = {"streams": held.streams, "monitor": monitor, "record": held.record}
     _write_new(f"{text}/{_HELD}", json.dumps(fields).encode())
     # surrogateescape: an environment may hold bytes that are no UTF-8, and they must arrive as they were
-    _write_new(f"{text}/{process_file}", json.dumps(process, ensure_ascii=False).encode(errors="surrogateescape"))
+    _write_new(f"{text}/{process_file}", _AS_IT_IS.encode(process).encode(errors="surrogateescape"))
 
 
 def new_process_file() -> str:

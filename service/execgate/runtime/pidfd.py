@@ -8,6 +8,7 @@ before the process was reaped. On older kernels the answer is None, an honest "u
 import asyncio
 import fcntl
 import os
+import signal
 import struct
 from pathlib import Path
 
@@ -43,6 +44,37 @@ def open_pidfd(process: ProcessIdentity) -> Descriptor | None:
         fd.close()
         return None
     return fd
+
+
+def hold(pid: int) -> tuple[ProcessIdentity, Descriptor | None]:
+    """Name the process that has `pid` now, and return a pidfd of exactly this one.
+
+    None when it is gone and reaped, or none can be had; the start time of one whose name nobody learnt is 0.
+    """
+    try:
+        fd = Descriptor(os.pidfd_open(pid))
+    except OSError:  # as in `open_pidfd`
+        return identify(pid) or ProcessIdentity(pid, 0), None
+    try:
+        identity = identify(pid)
+        # A number is its process's until that is reaped. One that is not, after the look, is whom we have looked at.
+        if identity is not None and not _reaped(fd):
+            return identity, fd
+    except BaseException:
+        fd.close()
+        raise
+    fd.close()
+    return ProcessIdentity(pid, 0), None
+
+
+def _reaped(fd: Descriptor) -> bool:
+    try:
+        signal.pidfd_send_signal(fd.fileno(), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # EPERM: it is there, and another user's
+        return False
+    return False
 
 
 async def ended(pidfd: Descriptor) -> None:

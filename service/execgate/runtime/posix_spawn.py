@@ -91,8 +91,8 @@ def _ticks() -> int:
 
 
 def _strings(strings: Sequence[str]) -> "ctypes.Array[ctypes.c_char_p]":
-    encoded = [os.fsencode(one) for one in strings]
-    if any(b"\0" in one for one in encoded):  # which would be its end
+    encoded = os.fsencode("\0".join(strings)).split(b"\0") if strings else []  # one call for all of them
+    if len(encoded) != len(strings):  # one holds a NUL itself, which would be its end
         raise ValueError("embedded null byte")
     return (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
 

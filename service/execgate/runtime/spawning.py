@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ class ExecRequest:
     """One process to run: where, what (the runtime's process.json), and which streams somebody will hold.
 
     `timeout` is the seconds after which conmon ends it, whoever else is there. `preserved` are descriptors of ours
-    that the process gets as 3, 4, ….
+    that the process gets as 3, 4, …. Two that differ in nothing but `process` are equal: conmon learns it last.
     """
 
     session_id: SessionId
     container: Container
-    process: Mapping[str, Any]
+    process: Mapping[str, Any] = field(compare=False)
     stdin: bool = False
     stdout: bool = False
     stderr: bool = False

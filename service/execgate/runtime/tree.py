@@ -231,7 +231,7 @@ def _relatives(known: dict[int, int]) -> dict[int, int]:
 def _facts(pid: int) -> tuple[int, int, int] | None:
     """Return ppid, sid and start time (fields 4, 6 and 22 of `/proc/PID/stat`); None of the dead."""
     try:
-        data = read_kernel(f"/proc/{pid}/stat")
+        data = read_kernel(f"/proc/{pid}/stat", single=True)
     except ExecgateError:
         return None
     if not data:

@@ -100,8 +100,9 @@ class Ledger:
     def running(self, session: ExecSession, process: ProcessIdentity, monitor: ProcessIdentity | None) -> ExecSession:
         """Keep who it is. Its time begins now."""
         now, since = _time_of_step(session)
-        after = replace(session, state=SessionState.RUNNING, started_at=now, since=since)
-        after = replace(after, process=process, monitor=monitor)
+        after = replace(
+            session, state=SessionState.RUNNING, started_at=now, since=since, process=process, monitor=monitor
+        )
         self._witness.step(after)
         return self._keep(session, after)
 

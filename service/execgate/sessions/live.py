@@ -21,7 +21,7 @@ from execgate.runtime.streams import ExecStreams
 from execgate.runtime.tree import ProcessTree
 from execgate.sessions.backlog import Backlog
 from execgate.sessions.ledger import Ledger
-from execgate.sessions.pump import Client, ClientGone, Departure, Feeder, Follower, Lagging, Pump, Stdin
+from execgate.sessions.pump import Client, ClientGone, Departure, Feeder, Follower, Lagging, Pump, Stdin, end_all
 from execgate.sessions.recording import Recording, Unrecorded
 from execgate.wire import stdcopy
 
@@ -242,7 +242,7 @@ class LiveSession:
         """Stop serving those who attached later, and return where they stand; the session itself may be over."""
         self._leaving = True
         served: list[asyncio.Future[Any]] = [task for one in self._attached for task in (one.forwarding, one.feeding)]
-        await _end_all(*served)
+        await end_all(*served)
         return [*map(_attachment, self._attached)]
 
     def follow_again(self, watchers: Sequence[Attachment]) -> None:
@@ -383,7 +383,7 @@ class LiveSession:
         except Lagging:
             return "output was dropped: this client reads too slowly", None
         finally:
-            await _end_all(one.forwarding, one.feeding, closed)
+            await end_all(one.forwarding, one.feeding, closed)
         return "", departure
 
     async def _follow_again(self, one: Attachment) -> None:
@@ -475,11 +475,11 @@ class LiveSession:
             self._join(client, self._pump)
         elif self._handed.stdin_ended or (not self._adopted and config.on_disconnect is not OnDisconnect.KEEP):
             self.stdin.close()
-        self._exited = asyncio.ensure_future(execution.wait())
+        self._exited = asyncio.create_task(execution.wait())
         self._exited.add_done_callback(self._sweep_up)
         self._arm_timeouts(self._pump)
         self._recording.when_lost(self._unrecorded)
-        watching = asyncio.ensure_future(self._watch(client, self._pump)) if client is not None else None
+        watching = asyncio.create_task(self._watch(client, self._pump)) if client is not None else None
         try:
             await self._pump.run(self._exited, self._drain)
             if self._kills:  # what is over is over as a whole
@@ -489,7 +489,7 @@ class LiveSession:
             for timer in (self._timer, self._idle_timer):
                 if timer is not None:
                     timer.cancel()
-            await _end_all(self._exited, *([watching] if watching is not None else []))
+            await end_all(self._exited, *([watching] if watching is not None else []))
 
     def _join(self, client: AttachedClient, pump: Pump) -> None:
         """Let the process wait for its first client, and get its input."""
@@ -663,7 +663,7 @@ class LiveSession:
 
     def _do(self, chore: Coroutine[Any, Any, Any], *kinds: set[asyncio.Task[Any]]) -> None:
         """Do something beside the session's own task."""
-        task = asyncio.ensure_future(chore)
+        task = asyncio.create_task(chore)
         for kind in (self._chores, *kinds):
             kind.add(task)
             task.add_done_callback(kind.discard)
@@ -684,13 +684,6 @@ def _attachment(one: _Attached) -> Attachment:
         offset=one.follower.offset,
         wanted=one.follower.wanted,
     )
-
-
-async def _end_all(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancel what is not done, and have nothing of it left."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _tell(begun: "asyncio.Future[ExecSession] | None", outcome: ExecSession | ExecgateError) -> None:

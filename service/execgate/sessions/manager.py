@@ -60,6 +60,9 @@ _END_GRACE = 2.0
 
 _PROCESSORS = os.cpu_count() or 1
 
+Spec = Mapping[str, Any]
+"""A container's config.json."""
+
 
 class Runtime(Protocol):
     """What runs processes in containers."""
@@ -92,7 +95,7 @@ class Containers(Protocol):
     def get(self, container_id: ContainerId) -> Container | None:
         """Look one up by its id."""
 
-    def spec(self, container: Container) -> Mapping[str, Any]:
+    def spec(self, container: Container) -> Spec:
         """Return its bundle's config.json."""
 
     def binding(self, container: Container) -> ContainerBinding:
@@ -100,15 +103,15 @@ class Containers(Protocol):
 
 
 class Caller(Protocol):
-    """On whose behalf a session is created or started."""
+    """On whose behalf a session is created or started. `spec` is the config.json that is built upon."""
 
     def find(self, ref: str) -> Container:
         """Look up one of the containers that the caller may see; NotFound, InvalidArgument."""
 
-    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
+    def grant(self, container: Container, spec: Spec, config: ExecConfig, user: ResolvedUser) -> Grant:
         """Permit an exec as it would run. Forbidden."""
 
-    def confirm(self, container: Container, session: ExecSession) -> None:
+    def confirm(self, container: Container, spec: Spec, session: ExecSession) -> None:
         """Permit what was created to start now, in its container as it is now. Forbidden."""
 
 
@@ -155,11 +158,11 @@ class _Program:
         """See `Caller`."""
         return self._containers.find(ref)
 
-    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:  # noqa: ARG002
+    def grant(self, container: Container, spec: Spec, config: ExecConfig, user: ResolvedUser) -> Grant:  # noqa: ARG002
         """See `Caller`."""
         return Grant(owner=PROGRAM.id, rule="", config=config)
 
-    def confirm(self, container: Container, session: ExecSession) -> None:
+    def confirm(self, container: Container, spec: Spec, session: ExecSession) -> None:
         """See `Caller`."""
 
 
@@ -224,8 +227,9 @@ class SessionManager:
         caller = caller or _Program(self._containers)
         validate_config(config)
         container = running(caller.find(container_ref))
-        user = await self._resolve_user(container, config.user)
-        grant = caller.grant(container, config, user)
+        spec = self._containers.spec(container)
+        user = await self._resolve_user(container, spec, config.user)
+        grant = caller.grant(container, spec, config, user)
         self._check_room(container.id, grant)
         told = bool(grant.record)
         session = ExecSession(
@@ -595,8 +599,8 @@ class SessionManager:
                 hint="raise max_sessions_per_container",
             )
 
-    async def _resolve_user(self, container: Container, user: str) -> ResolvedUser:
-        default = container_user(process_of(self._containers.spec(container)))
+    async def _resolve_user(self, container: Container, spec: Spec, user: str) -> ResolvedUser:
+        default = container_user(process_of(spec))
         if not user:  # most execs. HOME, where the container's environment has none, is set by the runtime
             return default
         assert container.init is not None
@@ -648,10 +652,11 @@ class SessionManager:
             container = self._container_of(session)  # dockerd looks at the container first, too
             if session.state is not SessionState.CREATED:
                 raise _already_started(session)
+            spec = self._containers.spec(container)
             if caller is not None:
-                caller.confirm(container, session)
+                caller.confirm(container, spec, session)
             asked_before = self._early_sizes.get(session.id)
-            request = self._request(session, container, size, attach=attach, preserved=preserved)
+            request = self._request(session, container, spec, size, attach=attach, preserved=preserved)
             recording = await self._begin_recording(session, size or asked_before or session.config.console_size)
             begun: LiveSession | None = None
 
@@ -724,6 +729,7 @@ class SessionManager:
         self,
         session: ExecSession,
         container: Container,
+        spec: Spec,
         size: ConsoleSize | None,
         *,
         attach: bool,
@@ -731,7 +737,7 @@ class SessionManager:
     ) -> ExecRequest:
         config = session.config
         process = build_process(
-            process_of(self._containers.spec(container)),
+            process_of(spec),
             config,
             session.user,
             console_size=size or self._early_sizes.get(session.id) or config.console_size,

@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from execgate.model.session import ByteCounts
 from execgate.runtime.streams import (
@@ -63,6 +63,11 @@ class Conduit(Inflow, Protocol):
 
     async def send_waiting(self, waiting: Waiting) -> None:
         """As `Client.send`; but all is left in the pipe, and `waiting` still knows it, when it raises ClientGone."""
+
+
+def _conduit(client: Client) -> Conduit | None:
+    """Return a client as a conduit, if it is one. Asked of its class: that answer is kept, of an object it is not."""
+    return cast("Conduit", client) if issubclass(type(client), Conduit) else None
 
 
 class Departure(Enum):
@@ -213,12 +218,12 @@ class Pump:
     ) -> None:
         """Take the client that the process waits for, and what carries its input; before `run`."""
         self._client, self._wanted, self._left = client, wanted, left
-        self._conduit = client if isinstance(client, Conduit) else None
-        self._feeding = asyncio.ensure_future(self._feed(feeder))
+        self._conduit = _conduit(client)
+        self._feeding = asyncio.create_task(self._feed(feeder))
 
     async def run(self, exited: asyncio.Future[Any], drain: float) -> None:
         """Pump until the process has ended and every output too, at most `drain` seconds after `exited` is done."""
-        tasks = [asyncio.ensure_future(self._forward(output)) for output in self._outputs]
+        tasks = [asyncio.create_task(self._forward(output)) for output in self._outputs]
         cut: asyncio.TimerHandle | None = None
 
         def arm(_exited: asyncio.Future[Any]) -> None:
@@ -235,10 +240,7 @@ class Pump:
             if cut is not None:
                 cut.cancel()
             self._left = lambda _: None  # what ends now is over, or the next service's
-            helpers = [*tasks, self._feeding] if self._feeding is not None else tasks
-            for task in helpers:
-                task.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
+            await end_all(*tasks, *([self._feeding] if self._feeding is not None else []))
             self._backlog.close()
 
     def hush(self) -> None:
@@ -334,7 +336,7 @@ class Feeder:
         self._client = client
         self._stdin = stdin
         self._keys = DetachFilter(detach_keys, withheld)
-        self._conduit = client if not detach_keys and isinstance(client, Conduit) else None
+        self._conduit = _conduit(client) if not detach_keys else None
 
     @property
     def withheld(self) -> bytes:
@@ -396,3 +398,12 @@ class Follower:
                 self.offset = chunk.end  # before it is sent: it is accepted at once, and cannot be sent twice
                 if chunk.stream in self.wanted:
                     await self._client.send(chunk.stream, chunk.data)
+
+
+async def end_all(*tasks: "asyncio.Future[Any]") -> None:
+    """Cancel what is not done, and have nothing of it left."""
+    left = [task for task in tasks if not task.done() or task.cancelled() or task.exception()]  # most have succeeded
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.gather(*left, return_exceptions=True)

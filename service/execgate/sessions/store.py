@@ -18,8 +18,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +33,8 @@ log = logging.getLogger(__name__)
 _SCHEMA_VERSION = 2
 _COLUMNS = "id, state, created_at, record"
 """What every version of the table has had; version 1 had more, and indexes."""
+# Rows with numbers. In a table WITHOUT ROWID a row of more than a quarter of a page goes to pages of its own (SQLite's
+# file format, 1.6), and a container's labels make it that long: every step would cost twice as much.
 _SCHEMA = f"""
 CREATE TABLE boot (id TEXT NOT NULL);
 CREATE TABLE session (
@@ -41,7 +42,7 @@ CREATE TABLE session (
     state      TEXT NOT NULL,
     created_at REAL NOT NULL,
     record     TEXT NOT NULL
-) WITHOUT ROWID;
+);
 PRAGMA user_version = {_SCHEMA_VERSION};
 """
 _BUSY_TIMEOUT = 2.0
@@ -69,7 +70,8 @@ class SessionStore:
         self._unfinished_of: Counter[tuple[str, str]] = Counter()  # by owner and rule
         self._created: set[SessionId] = set()
         self._last_text: tuple[SessionId, str] | None = None  # what was written last
-        with _translated(path):
+        self._translated = _Translated(path)
+        with self._translated:
             try:
                 rows = self._open(boot_id)
             except sqlite3.DatabaseError as error:
@@ -90,7 +92,7 @@ class SessionStore:
 
     def add(self, session: ExecSession) -> None:
         """Keep a new session. Conflict when its id is taken."""
-        with _translated(self._path):
+        with self._translated:
             try:
                 self._db.execute(
                     "INSERT INTO session VALUES (?, ?, ?, ?)",
@@ -108,7 +110,7 @@ class SessionStore:
         """Return the record of a session as it is stored; `lost` of a later store takes it."""
         if self._last_text is not None and self._last_text[0] == session_id:  # which is asked for in a start
             return self._last_text[1]
-        with _translated(self._path):
+        with self._translated:
             row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
         return str(row[0]) if row else ""
 
@@ -123,7 +125,7 @@ class SessionStore:
         if after.config.env:
             after = replace(after, config=replace(after.config, env=()))
         text = _dump(after)
-        with _translated(self._path):
+        with self._translated:
             changed = self._db.execute(
                 "UPDATE session SET state = ?, record = ? WHERE id = ? AND state = ?",
                 (after.state, text, before.id, before.state),
@@ -202,7 +204,7 @@ class SessionStore:
     def _delete(self, ids: Sequence[SessionId]) -> None:
         if not ids:
             return
-        with _translated(self._path), self._db:  # which commits, or rolls back
+        with self._translated, self._db:  # which commits, or rolls back
             self._db.execute("BEGIN")
             self._db.executemany("DELETE FROM session WHERE id = ?", [(one,) for one in ids])
         for session_id in ids:
@@ -214,7 +216,7 @@ class SessionStore:
                     del self._by_container[session.container.container_id]
 
     def _reread(self, session_id: SessionId) -> None:
-        with _translated(self._path):
+        with self._translated:
             row = self._db.execute("SELECT record FROM session WHERE id = ?", (session_id,)).fetchone()
         if row is not None:
             self._remember(_load_as(self._path, session_id, row[0]))
@@ -273,7 +275,7 @@ def read_sessions(path: Path) -> list[ExecSession]:
     """Return the sessions in a store without touching it, whether or not a service runs."""
     if not path.exists():
         return []
-    with _translated(path):
+    with _Translated(path):
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT)
         try:
             rows = connection.execute("SELECT record FROM session ORDER BY created_at").fetchall()
@@ -316,10 +318,15 @@ def _dump(session: ExecSession) -> str:
     return _RECORD.dump_json(session, exclude_defaults=True).decode()  # what a record lacks has its default
 
 
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn what sqlite3 raises into the project's own categories."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise Unavailable("the session store is not available", hint=f"{path}: {error}") from error
+class _Translated:
+    """Turns what sqlite3 raises into the project's own categories, in a `with`, as often as one likes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, sqlite3.Error):
+            raise Unavailable("the session store is not available", hint=f"{self._path}: {error}") from error

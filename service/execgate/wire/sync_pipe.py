@@ -14,6 +14,7 @@ from typing import Final
 MAX_LINE: Final = 16 * 1024
 """How much of one line is kept, in bytes; the rest of it is read and dropped."""
 
+_DECODER: Final = json.JSONDecoder(strict=False)  # made once: json.loads makes one at each call that is not plain
 _INT32 = range(-(2**31), 2**31)  # conmon's `int`
 
 # The start of a line whose number is whole: something follows it.
@@ -67,7 +68,7 @@ class SyncLines:
 def _parse(line: bytes) -> SyncMessage:
     text = line.decode(errors="replace")
     try:
-        value = json.loads(text, strict=False)
+        value = _DECODER.decode(text)
     except (ValueError, RecursionError):  # RecursionError: a line of 16,000 "["
         return _salvage(text)
     match value:
@@ -86,7 +87,7 @@ def _salvage(text: str) -> SyncMessage:
     if number is None or int(number[1]) not in _INT32:
         return SyncMessage(None, text)
     message = _MESSAGE.match(text, number.end())
-    return SyncMessage(int(number[1]), _encodable(json.loads(f'"{message[1]}"', strict=False)) if message else "")
+    return SyncMessage(int(number[1]), _encodable(_DECODER.decode(f'"{message[1]}"')) if message else "")
 
 
 def _encodable(text: str) -> str:

@@ -98,7 +98,7 @@ def test_mounts_that_changed_are_read_again(tree: Path, monkeypatch: pytest.Monk
         point = "/nowhere" if len(reads) == 1 else tree
         return f"41 31 0:38 / {point} rw,relatime - cgroup2 cgroup2 rw\n".encode()
 
-    cgroups._mounts.cache_clear()
+    cgroups._forget_mounts()
     monkeypatch.setattr(cgroups, "read_kernel", mountinfo)
     try:
         assert cgroups.find(V2, "/a/b") == Cgroup(f"{tree}/a/b", str(tree))
@@ -107,7 +107,7 @@ def test_mounts_that_changed_are_read_again(tree: Path, monkeypatch: pytest.Monk
         assert cgroups.find(V2, "/none") is None
         assert cgroups.find("freezer", "/a") is None
     finally:
-        cgroups._mounts.cache_clear()
+        cgroups._forget_mounts()
 
 
 def test_memberships_of_this_process() -> None:

@@ -85,6 +85,16 @@ def test_kernel_files() -> None:
         read_kernel("/proc/self")
 
 
+@pytest.mark.parametrize("path", ["/proc/self/limits", "/proc/self/cgroup", "/proc/sys/kernel/random/boot_id"])
+def test_one_read_has_all_of_a_single_file(path: str) -> None:
+    assert read_kernel(path, single=True) == read_kernel(path)
+
+
+def test_a_single_file_that_is_long_is_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 200_000)
+    assert read_kernel(str(tmp_path / "f"), single=True) == b"x" * 200_000
+
+
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     before = len(os.listdir("/proc/self/fd"))

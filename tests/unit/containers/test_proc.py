@@ -107,7 +107,7 @@ def test_capability_bounds_are_this_processes() -> None:
 
 
 def test_without_proc_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proc, "read_kernel", lambda _: None)
+    monkeypatch.setattr(proc, "read_kernel", lambda _, **__: None)
     with pytest.raises(Internal) as caught:
         proc.own_capability_bounds()
     assert "/proc mounted" in caught.value.hint

@@ -45,6 +45,36 @@ def test_a_reused_pid_is_nobody(sleeper: "subprocess.Popen[bytes]") -> None:
     assert pidfd.open_pidfd(identity) is None
 
 
+def test_a_process_is_named_and_held_in_one_step(sleeper: "subprocess.Popen[bytes]") -> None:
+    name, one = pidfd.hold(sleeper.pid)
+    assert (name, bool(one)) == (pidfd.identify(sleeper.pid), True)
+    assert one
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and its number still its own
+    again, other = pidfd.hold(sleeper.pid)
+    assert (again, bool(other)) == (name, True)
+    assert other
+    sleeper.wait()
+    assert pidfd.hold(sleeper.pid) == (ProcessIdentity(sleeper.pid, 0), None)
+    one.close()
+    other.close()
+
+
+def test_one_that_is_reaped_behind_the_look_is_nobody(
+    sleeper: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number could be another's by then, and the look one at that."""
+    identity = pidfd.identify(sleeper.pid)
+
+    def late(_: int) -> ProcessIdentity | None:
+        sleeper.kill()
+        sleeper.wait()
+        return identity
+
+    monkeypatch.setattr(pidfd, "identify", late)
+    assert pidfd.hold(sleeper.pid) == (ProcessIdentity(sleeper.pid, 0), None)
+
+
 async def test_ended(sleeper: "subprocess.Popen[bytes]") -> None:
     identity = pidfd.identify(sleeper.pid)
     assert identity is not None

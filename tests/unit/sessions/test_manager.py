@@ -23,7 +23,7 @@ from execgate.runtime.streams import ExecStreams
 from execgate.runtime.tree import ProcessTree, SessionCgroups
 from execgate.sessions.events import EventBus
 from execgate.sessions.ledger import Witness
-from execgate.sessions.manager import AlreadyStarted, Limits, SessionManager
+from execgate.sessions.manager import AlreadyStarted, Limits, SessionManager, Spec
 from execgate.sessions.recording import Recording, Recordings, Unrecorded
 from execgate.sessions.store import SessionStore
 
@@ -895,11 +895,11 @@ class Warden:
     def find(self, ref: str) -> Container:
         return self._world.containers.find(ref)
 
-    def grant(self, container: Container, config: ExecConfig, user: ResolvedUser) -> Grant:
+    def grant(self, container: Container, spec: Spec, config: ExecConfig, user: ResolvedUser) -> Grant:
         assert user.uid == 0
         return Grant(owner="unix:7", rule=f"in {container.name}", config=replace(config, timeout=9.0), max_sessions=2)
 
-    def confirm(self, container: Container, session: ExecSession) -> None:
+    def confirm(self, container: Container, spec: Spec, session: ExecSession) -> None:
         assert container.id == session.container.container_id
         if self.refuses:
             raise Forbidden("not any more")

@@ -58,15 +58,15 @@ class SharedRoots:
     def ids(self) -> frozenset[ContainerId]:
         """Return the ids in all roots: the same object until one of them changes."""
         parts = []
-        for root, listing in self._listings:
+        for _, listing in self._listings:
             try:
                 parts.append(listing.names())
             except Internal as error:
-                self.problems[str(root.dir)] = error.hint
+                self.problems[listing.path] = error.hint
                 parts.append(frozenset())
             else:
-                self.problems.pop(str(root.dir), None)
-        if len(parts) != len(self._parts) or any(new is not old for new, old in zip(parts, self._parts, strict=True)):
+                self.problems.pop(listing.path, None)
+        if parts != self._parts:
             self._parts = parts
             self._ids = frozenset(map(ContainerId, frozenset[str]().union(*parts)))
         return self._ids
