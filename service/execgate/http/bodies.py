@@ -134,7 +134,7 @@ def check_content_type(request: web.Request) -> None:
 def parse_body(data: bytes, model: type[_Model]) -> _Model:
     """Parse `data` as `model`. InvalidArgument for what is no JSON, no object, or has the wrong types."""
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = _DECODER.decode(data.decode())
     except InvalidArgument:
         raise
     except RecursionError:
@@ -175,6 +175,9 @@ def _folded(name: str) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidArgument(f"invalid JSON: {name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _explain(error: ValidationError, model: type[Body]) -> str:
