@@ -36,8 +36,8 @@ class ExecRoutes:
         return [
             ("POST", "/containers/{name}/exec", self.create),
             ("POST", "/exec/{id}/start", self.start),
-            ("POST", "/exec/{id}/resize", self.resize),
             ("GET", "/exec/{id}/json", self.inspect),
+            ("POST", "/exec/{id}/resize", self.resize),
         ]
 
     async def create(self, request: web.Request) -> web.Response:
