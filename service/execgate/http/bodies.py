@@ -47,16 +47,16 @@ class CreateBody(Body):
     attach_stdout: bool = False
     attach_stderr: bool = False
     detach_keys: str | None = None
-    env: list[str] = []
+    env: list[str] = Field(default_factory=list)  # pydantic would copy a plain default deeply, each time
     working_dir: str = ""
-    cmd: list[str] = []
+    cmd: list[str] = Field(default_factory=list)
     # Podman's preserved descriptors, which no HTTP request can carry.
     preserve_fds: _Uint32 = 0
-    preserve_fd: list[_Uint32] = []
+    preserve_fd: list[_Uint32] = Field(default_factory=list)
     # Beyond Docker's.
     timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
     idle_timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     capture_stdout: bool = False
     capture_stderr: bool = False
     on_disconnect: Literal["", "keep", "hup", "kill"] = ""
