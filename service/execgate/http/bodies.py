@@ -47,16 +47,16 @@ class CreateBody(Body):
     attach_stdout: bool = False
     attach_stderr: bool = False
     detach_keys: str | None = None
-    env: list[str] = []
+    env: list[str] = Field(default_factory=list)  # pydantic would copy a plain default deeply, each time
     working_dir: str = ""
-    cmd: list[str] = []
+    cmd: list[str] = Field(default_factory=list)
     # Podman's preserved descriptors, which no HTTP request can carry.
     preserve_fds: _Uint32 = 0
-    preserve_fd: list[_Uint32] = []
+    preserve_fd: list[_Uint32] = Field(default_factory=list)
     # Beyond Docker's.
     timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
     idle_timeout: Annotated[float, Field(ge=0, le=365 * 86400)] = 0
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     capture_stdout: bool = False
     capture_stderr: bool = False
     on_disconnect: Literal["", "keep", "hup", "kill"] = ""
@@ -134,7 +134,7 @@ def check_content_type(request: web.Request) -> None:
 def parse_body(data: bytes, model: type[_Model]) -> _Model:
     """Parse `data` as `model`. InvalidArgument for what is no JSON, no object, or has the wrong types."""
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = _DECODER.decode(data.decode())
     except InvalidArgument:
         raise
     except RecursionError:
@@ -175,6 +175,9 @@ def _folded(name: str) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise InvalidArgument(f"invalid JSON: {name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _explain(error: ValidationError, model: type[Body]) -> str:

@@ -327,7 +327,7 @@ class FrontProtocol(asyncio.Protocol):
             self._hold(data)
             return
         if self._splitter.idle and data:
-            self._arm(HEAD_TIMEOUT)
+            self._arm(None)  # what it was set for has begun
         self._splitter.feed(data)
         try:
             self._forward()
@@ -346,12 +346,13 @@ class FrontProtocol(asyncio.Protocol):
                 self._pass_on(event.raw)
             else:
                 self._arriving = False
+                self._arm(None)
                 if self._hijackable:
-                    self._arm(None)
                     self._held = bytearray()
                     self._hold(self._splitter.take_rest())
                     return
-                self._arm(None if self._splitter.idle else HEAD_TIMEOUT)
+        if self._timer is None and not self._splitter.idle:  # most requests are here at once, and need none
+            self._arm(BODY_TIMEOUT if self._arriving else HEAD_TIMEOUT)
 
     def _pass_on(self, raw: bytes) -> None:
         if self._repeatable:
@@ -371,11 +372,12 @@ class FrontProtocol(asyncio.Protocol):
             raise BadRequest(417, "the only expectation met here is 100-continue")
         self._outstanding += 1
         self._asked = self._arriving = True
-        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(unquote(head.path)) is not None
+        path = unquote(head.path)
+        self._hijackable = head.method == "POST" and _HIJACKABLE.fullmatch(path) is not None
         repeatable = _REPEATABLE.get(head.method)
-        self._repeatable = repeatable is not None and repeatable.fullmatch(unquote(head.path)) is not None
+        self._repeatable = repeatable is not None and repeatable.fullmatch(path) is not None
         self._request.clear()
-        self._arm(BODY_TIMEOUT)
+        self._arm(None)
 
     def _hold(self, data: bytes) -> None:
         assert self._held is not None

@@ -294,7 +294,8 @@ class HijackedStream:
         """Return once all that was accepted by now is on the wire. ClientGone."""
         mark = self._output.accepted
         if self._opening is not None:
-            await asyncio.wait([self._opening])
+            if not self._opening.done():
+                await asyncio.wait([self._opening])
             if not self._handed_over:
                 self._opening = None
         await self._flush(self._output, mark)

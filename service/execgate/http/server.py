@@ -241,6 +241,10 @@ class _Connection(web.RequestHandler):
 
     __slots__ = ()
 
+    # aiohttp looks them up for each connection, and nobody asks: who is at the other end is told by `peers`.
+    peername = None
+    sockname = None
+
     def handle_error(
         self,
         request: web.BaseRequest,

@@ -193,6 +193,8 @@ class RequestSplitter:
     # The steps. Each reads the buffer from `_accepted` on and returns an event, NeedData, or None: go on.
 
     def _start_line(self) -> Head | NeedData | None:
+        if not self._buffer:
+            return NeedData()
         if not self._searched and (head := self._plain_head()):
             return head
         line = self._line(MAX_REQUEST_LINE, 414, "the request line is too long")

@@ -8,7 +8,7 @@ from execgate.containers import proc
 from execgate.containers.entry import text, texts
 from execgate.http.answers.subjects import NEVER, Answers, Counts, Host, Json, Subject, rfc3339
 from execgate.model.container import ContainerStatus
-from execgate.model.session import ExecSession
+from execgate.model.session import ByteCounts, ExecSession
 
 
 def error_body(_status: int, message: str, _cause: str) -> Json:
@@ -91,8 +91,8 @@ def state(subject: Subject) -> Json:
     }
 
 
-def session(one: ExecSession) -> Json:
-    """Return a session as `GET /exec/{id}/json` shows it.
+def session(one: ExecSession, transferred: ByteCounts) -> Json:
+    """Return a session, and what it has transferred by now, as `GET /exec/{id}/json` shows it.
 
     `ExitCodeSource` says how the code was learnt, `unknown` included, in which case the code is 255.
     """
@@ -133,9 +133,9 @@ def session(one: ExecSession) -> Json:
         "Owner": one.owner,
         "Rule": one.rule,
         "Error": one.error,
-        "StdinBytes": one.transferred.stdin,
-        "StdoutBytes": one.transferred.stdout,
-        "StderrBytes": one.transferred.stderr,
+        "StdinBytes": transferred.stdin,
+        "StdoutBytes": transferred.stdout,
+        "StderrBytes": transferred.stderr,
     }
 
 

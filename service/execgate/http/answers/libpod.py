@@ -11,7 +11,7 @@ from execgate.containers.states import annotations_of
 from execgate.http.answers import docker
 from execgate.http.answers.subjects import NEVER, Answers, Counts, Host, Json, Subject, rfc3339
 from execgate.model.container import ContainerStatus
-from execgate.model.session import ExecSession
+from execgate.model.session import ByteCounts, ExecSession
 from execgate.wire.detach_keys import format_detach_keys
 
 _ENTRYPOINT_IS_A_LIST_SINCE = (5,)
@@ -95,10 +95,10 @@ def container(subject: Subject, version: tuple[int, ...]) -> Json:
     }
 
 
-def session(one: ExecSession) -> Json:
+def session(one: ExecSession, transferred: ByteCounts) -> Json:
     """Return a session as `GET /libpod/exec/{id}/json` shows it: the keys that detach are text here."""
     keys = one.config.detach_keys
-    return docker.session(one) | {"DetachKeys": format_detach_keys(keys) if keys else _NO_KEYS}
+    return docker.session(one, transferred) | {"DetachKeys": format_detach_keys(keys) if keys else _NO_KEYS}
 
 
 def version(host: Host) -> Json:

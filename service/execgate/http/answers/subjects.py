@@ -7,7 +7,7 @@ from typing import Any
 
 from execgate.model.container import Container, ContainerStatus
 from execgate.model.ids import SessionId
-from execgate.model.session import ExecSession
+from execgate.model.session import ByteCounts, ExecSession
 
 NEVER = "0001-01-01T00:00:00Z"
 """Go's zero time."""
@@ -78,11 +78,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """The shapes of one API. `container` also gets the version that the request was made in."""
+    """The shapes of one API.
+
+    `container` also gets the version that the request was made in, `session` what that has transferred by now.
+    """
 
     summary: Callable[[Subject], Json]
     container: Callable[[Subject, tuple[int, ...]], Json]
-    session: Callable[[ExecSession], Json]
+    session: Callable[[ExecSession, ByteCounts], Json]
     version: Callable[[Host], Json]
     info: Callable[[Host, Counts], Json]
 

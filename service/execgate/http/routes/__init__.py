@@ -17,16 +17,19 @@ from execgate.model.container import Container
 def all_trees(
     top: Callable[[Container, str], Top],
 ) -> list[Tree]:
-    """Return everything that is served. A new group of routes is mounted here, in either tree or in both."""
+    """Return everything that is served. A new group of routes is mounted here, in either tree or in both.
+
+    The router tries one route after the other, so those that are asked most come first.
+    """
     return [
         Tree(
             DOCKER,
             [
                 SystemRoutes(DOCKER),
                 EventRoutes(),
+                ExecRoutes(DOCKER),
                 ContainerRoutes(DOCKER),
                 TopRoutes(top),
-                ExecRoutes(DOCKER),
                 SessionRoutes(DOCKER),
             ],
         ),
@@ -34,8 +37,8 @@ def all_trees(
             LIBPOD,
             [
                 SystemRoutes(LIBPOD),
-                ContainerRoutes(LIBPOD),
                 ExecRoutes(LIBPOD),
+                ContainerRoutes(LIBPOD),
                 SessionRoutes(LIBPOD),
                 LibpodRoutes(),
             ],

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 from aiohttp import web
 
@@ -36,8 +35,8 @@ class ExecRoutes:
         return [
             ("POST", "/containers/{name}/exec", self.create),
             ("POST", "/exec/{id}/start", self.start),
-            ("POST", "/exec/{id}/resize", self.resize),
             ("GET", "/exec/{id}/json", self.inspect),
+            ("POST", "/exec/{id}/resize", self.resize),
         ]
 
     async def create(self, request: web.Request) -> web.Response:
@@ -100,9 +99,7 @@ class ExecRoutes:
         """GET /exec/{id}/json."""
         access = access_of(request)
         session = access.inspect(request.match_info["id"])
-        return web.json_response(
-            self._dialect.answers.session(replace(session, transferred=access.transferred(session)))
-        )
+        return web.json_response(self._dialect.answers.session(session, access.transferred(session)))
 
     def _start_size(self, body: StartBody, request: web.Request) -> ConsoleSize | None:
         if not body.tty or self._dialect.version_of(request) < self._dialect.console_size_since:

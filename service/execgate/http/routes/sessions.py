@@ -9,7 +9,6 @@ import binascii
 import re
 import signal
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -213,8 +212,7 @@ class SessionRoutes:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _sessions(self, access: Access, sessions: Sequence[ExecSession]) -> web.Response:
-        shown = (replace(one, transferred=access.transferred(one)) for one in sessions)
-        return web.json_response([self._dialect.answers.session(one) for one in shown])
+        return web.json_response([self._dialect.answers.session(one, access.transferred(one)) for one in sessions])
 
 
 def _selected(access: Access, container: str | None, filters: dict[str, list[str]]) -> Sequence[ExecSession]:
