@@ -19,8 +19,9 @@ _INT32 = range(-(2**31), 2**31)  # conmon's `int`
 
 # The start of a line whose number is whole: something follows it.
 _NUMBER = re.compile(r'\s*\{\s*"data"\s*:\s*(-?[0-9]{1,10})\s*(?=[,}])')
-# As much of a message as is a valid JSON string; `*+` never gives back, so that the time is linear.
-_MESSAGE = re.compile(r'\s*,\s*"message"\s*:\s*"((?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+)')
+# As much of a message as is a valid JSON string. Nothing follows that could make it give back, so the time is linear;
+# `*+` would say so, but takes too much before Python 3.11.5 (gh-106052).
+_MESSAGE = re.compile(r'\s*,\s*"message"\s*:\s*"((?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*)')
 
 
 @dataclass(frozen=True, slots=True)
