@@ -14,6 +14,7 @@ A line that was being written when its writer died has no newline. It stays, and
 how long it is and what it hashes to, and follows the entry before it: the chain goes around it.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -245,5 +246,9 @@ def _torn(size: int) -> str:
 
 def _rfc3339(time_ns: int) -> str:
     seconds, rest = divmod(time_ns, 1_000_000_000)
-    time = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000, tzinfo=None)
-    return time.isoformat(timespec="microseconds") + "Z"
+    return f"{_second(seconds)}.{rest // 1000:06}Z"
+
+
+@functools.lru_cache(1)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat()

@@ -13,7 +13,7 @@ second one closes that one as well: `users` without `gids` allows no group that 
 `argv` without `env` or `workdirs` allows no variable (PATH) or directory (`./task`).
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -120,10 +120,11 @@ class Rule:
     max_sessions: int | None = None
     record: Record = Record.NOTHING
     record_or_end: bool = False
-    _conditions: "tuple[_Condition, ...]" = field(init=False, repr=False, compare=False)
+    demands: "tuple[_Condition, ...]" = field(init=False, repr=False, compare=False)
+    """The conditions of an exec that can fail."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_conditions", tuple(one for one in _EXEC_CONDITIONS if one.can_fail(self)))
+        object.__setattr__(self, "demands", tuple(one for one in _EXEC_CONDITIONS if one.can_fail(self)))
 
     def shows(self, target: Target) -> bool:
         """Return whether those whose rule this is can see the container."""
@@ -138,16 +139,9 @@ class Rule:
         """Return whether it allows a verb on a session: the principal's own, or another's."""
         return verb in (self.verbs if own or verb is Verb.TOP else self.others)
 
-    def first_missed(self, exec_: "_Exec") -> "_Condition | None":
-        """Return the first condition of an exec, in a container that it shows, that does not hold."""
-        for condition in self._conditions:
-            if not condition.holds(self, exec_):
-                return condition
-        return None
-
-    def all_missed(self, exec_: "_Exec") -> "list[_Condition]":
-        """Return all of them."""
-        return [condition for condition in self._conditions if not condition.holds(self, exec_)]
+    def missed(self, exec_: "_Exec") -> "Iterator[_Condition]":
+        """Yield the conditions of an exec, in a container that it shows, that do not hold."""
+        return (condition for condition in self.demands if not condition.holds(self, exec_))
 
     def bounded(self, config: ExecConfig) -> ExecConfig:
         """Return an exec that it allows with its bounds in it."""
@@ -236,13 +230,14 @@ class Policy:
     def decide(self, principal: Principal, asked: Asked) -> Grant | Refusal:
         """Return what an exec gets by the first rule that allows all of it."""
         exec_ = _exec(asked)
-        missed: list[tuple[Rule, _Condition]] = []
-        for rule in self._of(principal).showing(asked.target):
-            condition = rule.first_missed(exec_)
-            if condition is None:
+        showing = self._of(principal).showing(asked.target)
+        for rule in showing:
+            for condition in rule.demands:  # `rule.missed`, without the calls: all rules may have to be asked
+                if not condition.holds(rule, exec_):
+                    break
+            else:
                 return _grant(principal, rule, asked)
-            missed.append((rule, condition))
-        return _refusal(principal, exec_, missed)
+        return _refusal(principal, exec_, showing)
 
     def explain(self, principal: Principal, asked: Asked) -> tuple[Explained, ...]:
         """Return what each rule says to an exec, with everything that is in its way."""
@@ -271,14 +266,15 @@ def _grant(principal: Principal, rule: Rule, asked: Asked) -> Grant:
     )
 
 
-def _refusal(principal: Principal, exec_: "_Exec", missed: "Sequence[tuple[Rule, _Condition]]") -> Refusal:
+def _refusal(principal: Principal, exec_: "_Exec", showing: Sequence[Rule]) -> Refusal:
     who, container = shown(principal.id), shown(exec_.asked.target.names[0])
-    reasons = [f"{rule.id}: {one.key}: {one.reason(rule, exec_)}" for rule, one in missed[:_HINTED]]
-    reasons += [f"and {len(missed) - _HINTED} more rules"] if len(missed) > _HINTED else []
+    missed = [(rule, next(rule.missed(exec_))) for rule in showing[:_HINTED]]
+    reasons = [f"{rule.id}: {one.key}: {one.reason(rule, exec_)}" for rule, one in missed]
+    reasons += [f"and {len(showing) - _HINTED} more rules"] if len(showing) > _HINTED else []
     return Refusal(
         message=f"permission denied: no rule allows {who} this exec in container {container}",
         hint="; ".join(reasons) or f"no rule shows {who} container {container}",
-        visible=bool(missed),
+        visible=bool(showing),
     )
 
 
@@ -287,7 +283,7 @@ def _explained(rule: Rule, principal: Principal, exec_: "_Exec") -> Explained:
     applies = rule.who.is_one(principal)
     who = [] if applies else [Failure("who", f"{shown(principal.id)} is not among {shown(rule.who.text)}")]
     container = [Failure(key, why) for key, judge in _TARGET_CONDITIONS if (why := judge(rule, target))]
-    process = [Failure(one.key, one.reason(rule, exec_)) for one in rule.all_missed(exec_)]
+    process = [Failure(one.key, one.reason(rule, exec_)) for one in rule.missed(exec_)]
     return Explained(rule.id, (*who, *container, *process), applies=applies, shows=applies and rule.shows(target))
 
 
@@ -355,16 +351,25 @@ def _exec(asked: Asked) -> _Exec:
 
 @dataclass(frozen=True, slots=True)
 class _Condition:
-    """A key of the file: whether what it demands holds, and, if not, why. Without any of `needs` it always does."""
+    """A key of the file: whether a rule demands anything here, whether that holds, and, if not, why."""
 
     key: str
+    can_fail: Callable[[Rule], bool]
     holds: Callable[[Rule, _Exec], bool]
     reason: Callable[[Rule, _Exec], str]
-    needs: tuple[str, ...] = ()
 
-    def can_fail(self, rule: Rule) -> bool:
-        """Return whether a rule demands anything here."""
-        return not self.needs or any(getattr(rule, key) not in (None, ()) for key in self.needs)
+
+def _has(*keys: str) -> Callable[[Rule], bool]:
+    """Return what tells whether a rule has any of these keys."""
+    return lambda rule: any(getattr(rule, key) not in (None, ()) for key in keys)
+
+
+def _user_holds(rule: Rule, exec_: _Exec) -> bool:
+    uid = exec_.asked.user.uid
+    for first, last in rule.users or ():  # noqa: SIM110  (as in `_within`; most rules fail here, if any)
+        if first <= uid <= last:
+            return True
+    return False
 
 
 def _strange_gids(rule: Rule, exec_: _Exec) -> Sequence[int]:
@@ -409,62 +414,65 @@ def _is_within(most: float | None, asks: float | None) -> bool:
 _EXEC_CONDITIONS = (
     _Condition(
         "verbs",
-        lambda rule, _: Verb.EXEC in rule.verbs,
+        lambda rule: Verb.EXEC not in rule.verbs,
+        lambda *_: False,
         lambda *_: "exec is not among them",
     ),
     _Condition(
         "users",
-        lambda rule, exec_: _within(exec_.asked.user.uid, rule.users or ()),
+        _has("users"),
+        _user_holds,
         lambda rule, exec_: f"uid {exec_.asked.user.uid} is not in {_ranges(rule.users or ())}",
-        needs=("users",),
     ),
-    _Condition("gids", _gids_hold, _gids_reason, needs=("gids", "users")),
+    _Condition("gids", _has("gids", "users"), _gids_hold, _gids_reason),
     _Condition(
         "privileged",
-        lambda rule, exec_: rule.privileged or not exec_.config.privileged,
+        lambda rule: not rule.privileged,
+        lambda _, exec_: not exec_.config.privileged,
         lambda *_: "it is asked for",
     ),
     _Condition(
         "host_equivalent",
-        lambda rule, exec_: rule.host_equivalent or not exec_.asked.host_equivalent,
+        lambda rule: not rule.host_equivalent,
+        lambda _, exec_: not exec_.asked.host_equivalent,
         lambda _, exec_: f"root in this container is root on the host: {_list(exec_.asked.host_equivalent)}",
     ),
     _Condition(
         "tty",
+        _has("tty"),
         lambda rule, exec_: rule.tty is exec_.config.tty,
         lambda rule, _: "it must have a terminal" if rule.tty else "it may not have a terminal",
-        needs=("tty",),
     ),
-    _Condition("argv", _argv_holds, lambda *_: "the command matches none of its patterns", needs=("argv",)),
+    _Condition("argv", _has("argv"), _argv_holds, lambda *_: "the command matches none of its patterns"),
     _Condition(
         "env",
+        _has("env", "argv"),
         lambda rule, exec_: not _strange_names(rule, exec_),
         lambda rule, exec_: f"{_list(_strange_names(rule, exec_))} may not be set",
-        needs=("env", "argv"),
     ),
     _Condition(
         "workdirs",
+        _has("workdirs", "argv"),
         _workdir_holds,
         lambda _, exec_: f"{shown(exec_.config.working_dir)} is not allowed",
-        needs=("workdirs", "argv"),
     ),
     _Condition(
         "max_time",
+        _has("max_time"),
         lambda rule, exec_: _is_within(rule.max_time, exec_.config.timeout),
         lambda rule, exec_: f"{exec_.config.timeout:g} s are asked for, {rule.max_time:g} s are the most",
-        needs=("max_time",),
     ),
     _Condition(
         "idle_time",
+        _has("idle_time"),
         lambda rule, exec_: _is_within(rule.idle_time, exec_.config.idle_timeout),
         lambda rule, exec_: f"{exec_.config.idle_timeout:g} s are asked for, {rule.idle_time:g} s are the most",
-        needs=("idle_time",),
     ),
     _Condition(
         "on_disconnect",
+        _has("on_disconnect"),
         _disconnect_holds,
         lambda _, exec_: f"{exec_.config.on_disconnect} is not allowed",
-        needs=("on_disconnect",),
     ),
 )
 

@@ -315,7 +315,7 @@ def test_the_table_is_long_enough_and_reaches_every_rule_and_condition() -> None
     assert len(ROWS) >= 80
     outcomes = " ".join(expected for *_, expected in ROWS)
     assert {rule.id for rule in TEST_POLICY.rules} <= set(re.split(r"[ ,]+", outcomes))
-    conditions = {condition.key for rule in TEST_POLICY.rules for condition in rule._conditions}
+    conditions = {condition.key for rule in TEST_POLICY.rules for condition in rule.demands}
     assert conditions <= set(re.split(r"[ ,]+", outcomes))
 
 
