@@ -107,7 +107,7 @@ def _program(text: str) -> Path:
 def _plain(options: argparse.Namespace) -> dict[str, object]:
     """Return the options as JSON has them; where the samples go is none of their properties."""
     plain = {name: value for name, value in vars(options).items() if name != "json"}
-    return plain | {name: [str(path) for path in plain[name]] for name in (DOCKERD, PODMAN, "conmon")}
+    return plain | {name: [path.name for path in plain[name]] for name in (DOCKERD, PODMAN, "conmon")}
 
 
 def _say(text: str) -> None:

@@ -118,7 +118,7 @@ def _places(rows: Sequence[Row]) -> list[float]:
 
 
 def _draw_row(axis: Any, panel: Panel, row: Row, place: float) -> None:
-    colour = _COLOURS.get(row.contestant.split()[0], _FLOOR)
+    colour = _COLOURS.get(row.contestant.split()[0].rstrip(","), _FLOOR)
     height = _THICKNESS if panel.stacked else _THICKNESS / len(row.bars)
     left = 0.0
     for number, bar in enumerate(row.bars):
