@@ -364,14 +364,6 @@ def _has(*keys: str) -> Callable[[Rule], bool]:
     return lambda rule: any(getattr(rule, key) not in (None, ()) for key in keys)
 
 
-def _user_holds(rule: Rule, exec_: _Exec) -> bool:
-    uid = exec_.asked.user.uid
-    for first, last in rule.users or ():  # noqa: SIM110  (as in `_within`; most rules fail here, if any)
-        if first <= uid <= last:
-            return True
-    return False
-
-
 def _strange_gids(rule: Rule, exec_: _Exec) -> Sequence[int]:
     return sorted(gid for gid in exec_.gids if not _within(gid, rule.gids or ()))
 
@@ -421,7 +413,7 @@ _EXEC_CONDITIONS = (
     _Condition(
         "users",
         _has("users"),
-        _user_holds,
+        lambda rule, exec_: _within(exec_.asked.user.uid, rule.users or ()),
         lambda rule, exec_: f"uid {exec_.asked.user.uid} is not in {_ranges(rule.users or ())}",
     ),
     _Condition("gids", _has("gids", "users"), _gids_hold, _gids_reason),

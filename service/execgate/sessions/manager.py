@@ -206,6 +206,7 @@ class SessionManager:
         self._limits = limits
         self._captures = captures
         self._recordings = recordings or NoRecordings()
+        self._program = _Program(containers)
         self._record = record
         self._record_or_end = record_or_end
         self._gate = StartGate(limits.parallel_starts, limits.queued_starts)
@@ -224,7 +225,7 @@ class SessionManager:
 
         NotFound, Conflict, InvalidArgument, Exhausted, Forbidden.
         """
-        caller = caller or _Program(self._containers)
+        caller = caller or self._program
         validate_config(config)
         container = running(caller.find(container_ref))
         spec = self._containers.spec(container)
@@ -653,8 +654,7 @@ class SessionManager:
             if session.state is not SessionState.CREATED:
                 raise _already_started(session)
             spec = self._containers.spec(container)
-            if caller is not None:
-                caller.confirm(container, spec, session)
+            (caller or self._program).confirm(container, spec, session)
             asked_before = self._early_sizes.get(session.id)
             request = self._request(session, container, spec, size, attach=attach, preserved=preserved)
             recording = await self._begin_recording(session, size or asked_before or session.config.console_size)
