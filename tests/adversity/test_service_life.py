@@ -302,6 +302,24 @@ def test_socket_activation(
             notify.close()
 
 
+def _end_of(
+    directory: Path, process: "subprocess.Popen[bytes]", notify: NotifySocket, *, serves: bool
+) -> tuple[int, str]:
+    """Return the exit code and the log of an activated service, of one that serves after TERM; it has no traceback."""
+    try:
+        if serves:
+            notify.wait_for("READY=1", process, timeout=15)
+            process.send_signal(signal.SIGTERM)
+        code = process.wait(15)
+    finally:
+        process.kill()
+        process.wait()
+        notify.close()
+    log = (directory / "service.log").read_text()
+    assert "Traceback" not in log, log
+    return code, log
+
+
 @pytest.mark.parametrize(("host", "serves"), [("127.0.0.1", True), ("0.0.0.0", False)])
 def test_socket_activation_without_tls_is_for_this_host_alone(
     hosts: list[RuntimeHost], host_dir: Path, host: str, serves: bool
@@ -310,17 +328,8 @@ def test_socket_activation_without_tls_is_for_this_host_alone(
     directory = host_dir / f"activated-{host}"
     with socket.create_server((host, 0)) as listener:
         process, notify = _activated(directory, hosts, listener.fileno())
-        try:
-            if serves:
-                notify.wait_for("READY=1", process, timeout=15)
-                process.send_signal(signal.SIGTERM)
-            assert (process.wait(15) == 0) is serves
-        finally:
-            process.kill()
-            process.wait()
-            notify.close()
-    log = (directory / "service.log").read_text()
-    assert "Traceback" not in log, log
+        code, log = _end_of(directory, process, notify, serves=serves)
+    assert (code == 0) is serves
     assert ("loopback" in log) is not serves, log
 
 
@@ -330,17 +339,7 @@ def test_socket_activation_with_something_else(hosts: list[RuntimeHost], host_di
     directory = host_dir / f"misactivated-{ord(count[0])}-{len(count)}"
     with open(os.devnull) as null:
         process, notify = _activated(directory, hosts, null.fileno(), count=count)
-        try:
-            if count == "²":
-                notify.wait_for("READY=1", process, timeout=15)
-                process.send_signal(signal.SIGTERM)
-            code = process.wait(15)
-        finally:
-            process.kill()
-            process.wait()
-            notify.close()
-    log = (directory / "service.log").read_text()
-    assert "Traceback" not in log, log
+        code, log = _end_of(directory, process, notify, serves=count == "²")
     assert code == (0 if count == "²" else 1), log
     assert count == "²" or "execgate:" in log
 
